@@ -1,0 +1,170 @@
+"""`afd bench`: a mesh of its own under a load of equal streams; speeds, latencies, and where a step's time goes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from afd.client import Client
+from afd.mesh import Mesh, MeshOptions, running_mesh
+
+_METRICS_TIMEOUT_S = 10.0
+_ROUNDS = 2  # every stream asks so many times, one after the other
+_PARTS = ("attention", "send", "receive", "lm_head", "sample", "schedule")
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many streams at once, each with prompts and answers of these lengths."""
+
+    streams: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Milliseconds."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Percentiles:
+        ordered = sorted(seconds)
+        return cls(1e3 * statistics.median(ordered), 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row. `step_share` is each part's share of the attention replicas' step time; `receive` is waiting for the
+    FFN (computing it, where it is in-process), and `ffn_compute` and `ffn_queue` the FFN's share of the crossings."""
+
+    load: Load
+    output_throughput: float  # tokens/s
+    request_throughput: float  # requests/s
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    step_ms: float
+    step_share: dict[str, float]
+    crossing_share: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    options: MeshOptions
+    rows: list[Result]
+
+    def as_json(self) -> dict[str, Any]:
+        options = {name: str(value) for name, value in asdict(self.options).items() if name != "settings"}
+        return {"mesh": {**options, "threads": self.options.threads_each}, "rows": [asdict(row) for row in self.rows]}
+
+
+def run_bench(options: MeshOptions, loads: Sequence[Load], notes: Console) -> Results:
+    """Starts the mesh, runs one load after the other, stops it. Raises what the mesh or a request raises."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with running_mesh(options) as mesh, Progress(*columns, console=notes, transient=True) as progress:
+        return Results(options, [asyncio.run(_run_load(mesh, load, progress)) for load in loads])
+
+
+async def _run_load(mesh: Mesh, load: Load, progress: Progress) -> Result:
+    total = load.streams * load.output_tokens * _ROUNDS
+    task = progress.add_task(f"{load.streams} streams", total=total)
+    async with Client(mesh.gateway.address) as client:
+        vocab_size = (await client.get_model()).vocab_size
+        await _stream(client, Load(1, load.prompt_tokens, 2), vocab_size, 0, lambda: None)  # warm up
+        before = _counters(mesh)
+        start = time.perf_counter()
+
+        async def ask_repeatedly(number: int) -> list[list[float]]:
+            seeds = range(1 + number * _ROUNDS, 1 + (number + 1) * _ROUNDS)
+            return [await _stream(client, load, vocab_size, seed, lambda: progress.advance(task)) for seed in seeds]
+
+        streams = await asyncio.gather(*(ask_repeatedly(number) for number in range(load.streams)))
+        seconds = time.perf_counter() - start
+        spent = _difference(_counters(mesh), before)
+    times = [request for stream in streams for request in stream]
+    return _result(load, times, seconds, spent)
+
+
+async def _stream(client: Client, load: Load, vocab_size: int, seed: int, advance: Any) -> list[float]:
+    """Times since the request of its tokens, in seconds."""
+    chooser = random.Random(seed)
+    prompt = [chooser.randrange(vocab_size) for _ in range(load.prompt_tokens)]
+    start = time.perf_counter()
+    times: list[float] = []
+    async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
+        times.append(time.perf_counter() - start)
+        advance()
+    return times
+
+
+def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[str, float]) -> Result:
+    step_s = spent["afd_step_seconds"]
+    crossing_s = spent["afd_handoff_seconds"]
+    return Result(
+        load=load,
+        output_throughput=sum(map(len, times)) / seconds,
+        request_throughput=len(times) / seconds,
+        ttft_ms=Percentiles.of([request[0] for request in times]),
+        tpot_ms=Percentiles.of([(request[-1] - request[0]) / (len(request) - 1) for request in times]),
+        step_ms=1e3 * step_s / spent["afd_steps"],
+        step_share={part: spent[f"afd_step_part_seconds/{part}"] / step_s for part in _PARTS},
+        crossing_share={
+            name: spent[f"afd_handoff_{name}_seconds"] / crossing_s for name in ("ffn_compute", "ffn_queue")
+        },
+    )
+
+
+def _counters(mesh: Mesh) -> dict[str, float]:
+    """The counters of all attention replicas, added up; a label's value behind a slash."""
+    totals: dict[str, float] = {}
+    for service in mesh.services:
+        if service.role == "attention" and service.replica:
+            with urllib.request.urlopen(
+                f"http://{service.replica.metrics_address}/metrics", timeout=_METRICS_TIMEOUT_S
+            ) as answer:
+                for name, value in _samples(answer.read().decode()):
+                    totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def _samples(text: str) -> Iterable[tuple[str, float]]:
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.name.removesuffix("_total")
+            yield "/".join((name, *sample.labels.values())), sample.value
+
+
+def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+def report(results: Results) -> tuple[Table, Table]:
+    """Two tables for people: the speeds, and where the time went."""
+    options = results.options
+    ffn = f"{options.ffn}F" if options.ffn else " collocated"
+    mesh = f"{options.attention}A{ffn}, {options.dtype}, {options.microbatches} microbatches"
+    speeds = Table(title=f"{options.model.name}: {mesh}, {options.threads_each} threads each")
+    for heading in ("streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms"):
+        speeds.add_column(heading, justify="right")
+    shares = Table(title="where a decode step's time went, % (receive: waiting for the FFN)")
+    for heading in ("streams", "step ms", *_PARTS):
+        shares.add_column(heading, justify="right")
+    for row in results.rows:
+        times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)
+        speeds.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
+        parts = (f"{100 * row.step_share[part]:.0f}" for part in _PARTS)
+        shares.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts)
+    return speeds, shares

@@ -1,0 +1,310 @@
+"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `make-checkpoint`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from afd.client import Client, Stream
+from afd.errors import AfdError, ConfigError
+from afd.mesh import MeshOptions, running_mesh, write_ready_file
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console()
+notes = Console(stderr=True)
+
+_WATCH_S = 0.2
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[Path, typer.Option("--model", help="directory of the Hugging Face checkpoint")]
+Attention = Annotated[int, typer.Option(min=1, help="attention replicas")]
+Ffn = Annotated[int, typer.Option(min=0, help="FFN shards; 0 runs the FFN inside the attention process")]
+Microbatches = Annotated[int, typer.Option(min=1, help="parts of the batch that cross the layers independently")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of weights and arithmetic")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Threads = Annotated[int | None, typer.Option(min=1, help="compute threads of each process; default: an even share")]
+StartupTimeout = Annotated[float, typer.Option(min=1, help="longest wait until all is ready, seconds")]
+Target = Annotated[str, typer.Option("--target", help="the gateway's gRPC address")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="longest answer, tokens")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+
+
+@app.command()
+def up(
+    model: Model,
+    attention: Attention = 1,
+    ffn: Ffn = 1,
+    microbatches: Microbatches = 2,
+    dtype: DtypeOption = Dtype.bfloat16,
+    device: Device = "cpu",
+    redis: Annotated[str | None, typer.Option(help="URL of a Redis; default: an embedded one")] = None,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 50051,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    threads: Threads = None,
+    startup_timeout: StartupTimeout = 120.0,
+    ready_file: Annotated[Path | None, typer.Option(help="written when all is ready: addresses and pids, JSON")] = None,
+) -> None:
+    """Runs the whole mesh on this machine until it is interrupted. AFD_* variables set everything else."""
+    options = MeshOptions(
+        model=model,
+        attention=attention,
+        ffn=ffn,
+        microbatches=microbatches,
+        dtype=dtype.value,
+        device=device,
+        redis=redis,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        threads=threads,
+        startup_timeout_s=startup_timeout,
+    )
+    with _until_signalled(), running_mesh(options) as mesh:
+        gateway = mesh.gateway
+        notes.print(f"ready: gRPC on {gateway.address}, OpenAI API on http://{gateway.http_address}/v1", soft_wrap=True)
+        with write_ready_file(ready_file, mesh) if ready_file else contextlib.nullcontext():
+            while True:
+                time.sleep(_WATCH_S)
+                mesh.watch()
+
+
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM: unwinds what has been started, at whatever point."""
+
+
+@contextlib.contextmanager
+def _until_signalled() -> Iterator[None]:
+    """Ends the block at SIGINT or SIGTERM; later signals do not disturb the clean-up."""
+
+    def handle(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        notes.print("stopping")
+        raise _Signalled
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    with contextlib.suppress(_Signalled):
+        yield
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    target: Target = "127.0.0.1:50051",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+) -> None:
+    """Streams the continuation of a text."""
+
+    async def run() -> None:
+        async with Client(target) as client:
+            await _print(client.generate(prompt, max_tokens=max_tokens, temperature=temperature))
+
+    asyncio.run(run())
+
+
+@app.command()
+def chat(target: Target = "127.0.0.1:50051", max_tokens: MaxTokens = None, temperature: Temperature = 0.0) -> None:
+    """A conversation; an empty line or the end of the input ends it."""
+
+    async def run() -> None:
+        messages: list[dict[str, str]] = []
+        async with Client(target) as client:
+            while line := await asyncio.to_thread(_read_line):
+                messages.append({"role": "user", "content": line})
+                answer = await _print(client.chat(messages, max_tokens=max_tokens, temperature=temperature))
+                messages.append({"role": "assistant", "content": answer})
+
+    asyncio.run(run())
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        notes.print("> ", end="")
+    return sys.stdin.readline().strip()
+
+
+async def _print(stream: Stream) -> str:
+    texts: list[str] = []
+    async for token in stream:
+        texts.append(token.text)
+        print(token.text, end="", flush=True)
+    print()
+    return "".join(texts)
+
+
+@app.command()
+def bench(
+    model: Model,
+    streams: Annotated[str, typer.Option(help="numbers of concurrent streams, with commas")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="length of each prompt")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=2, help="length of each answer")] = 64,
+    attention: Attention = 1,
+    ffn: Ffn = 1,
+    microbatches: Microbatches = 2,
+    dtype: DtypeOption = Dtype.bfloat16,
+    device: Device = "cpu",
+    threads: Threads = None,
+    startup_timeout: StartupTimeout = 120.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures a mesh of its own: tokens/s, TTFT, TPOT, and where the time of a decode step goes."""
+    from afd.bench import Load, report, run_bench
+
+    try:
+        numbers = [int(number) for number in streams.split(",")]
+    except ValueError:
+        raise ConfigError(f"--streams {streams}: give numbers with commas, like 1,8,32") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"--streams {streams}: every number must be at least 1")
+    options = MeshOptions(
+        model=model,
+        attention=attention,
+        ffn=ffn,
+        microbatches=microbatches,
+        dtype=dtype.value,
+        device=device,
+        threads=threads,
+        startup_timeout_s=startup_timeout,
+    )
+    loads = [Load(number, prompt_tokens, output_tokens) for number in numbers]
+    results = run_bench(options, loads, notes)
+    for table in report(results):
+        console.print(table)
+    if json_file:
+        _write_json(json_file, results.as_json())
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="spans, as AFD_TRACE_FILE collects them")],
+    step: Annotated[str, typer.Option(help="which step: slowest, median, last or a number")] = "median",
+    layers: Annotated[str | None, typer.Option(help="only these layers, like 0-3")] = None,
+    svg: Annotated[Path | None, typer.Option(help="also write the picture to this file")] = None,
+    chrome: Annotated[Path | None, typer.Option(help="also write all steps as Chrome/Perfetto JSON")] = None,
+) -> None:
+    """Draws one decode step as a timeline: who waited for whom."""
+    from afd import trace_view
+
+    steps = trace_view.load_steps(file)
+    chosen = trace_view.pick(steps, step)
+    console.print(trace_view.timeline(chosen, console.width, _layer_range(layers)))
+    if svg:
+        _write(svg, trace_view.to_svg(chosen))
+    if chrome:
+        _write_json(chrome, trace_view.to_chrome(steps))
+
+
+def _layer_range(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    try:
+        return range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(f"--layers {text}: give a layer, or a range like 0-3") from None
+
+
+@app.command()
+def make_checkpoint(
+    directory: Annotated[Path, typer.Argument(help="where to write it")],
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Annotated[int, typer.Option(min=1)] = 64,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    head_dim: Annotated[int, typer.Option(min=2)] = 16,
+    share_q_dim: Annotated[int, typer.Option(min=1)] = 32,
+    intermediate: Annotated[int, typer.Option(min=1, help="width of a dense FFN")] = 128,
+    experts: Annotated[int, typer.Option(min=1)] = 6,
+    top_k: Annotated[int, typer.Option(min=1)] = 3,
+    moe_intermediate: Annotated[int, typer.Option(min=1, help="width of a routed expert")] = 48,
+    share_expert: Annotated[int, typer.Option(min=1, help="width of the shared expert")] = 48,
+    dense_layers: Annotated[str, typer.Option(help="layers with a dense FFN, like 0,3")] = "0",
+    vocab: Annotated[int, typer.Option(min=2)] = 512,
+    context: Annotated[int, typer.Option(min=2, help="longest prompt and output together")] = 4096,
+    dtype: DtypeOption = Dtype.float32,
+    seed: int = 0,
+    max_file_mib: Annotated[float, typer.Option(min=0.01, help="begin a new file beyond this size")] = 4096,
+) -> None:
+    """Writes a random Step-3-shaped checkpoint of given sizes, for tests and benchmarks."""
+    import torch
+
+    from afd.model.random_checkpoint import ModelSizes, make_checkpoint
+
+    try:
+        dense = {int(layer) for layer in dense_layers.split(",") if layer}
+    except ValueError:
+        raise ConfigError(f"--dense-layers {dense_layers}: give layers with commas, like 0,3") from None
+    sizes = ModelSizes(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        share_q_dim=share_q_dim,
+        intermediate_size=intermediate,
+        moe_num_experts=experts,
+        moe_top_k=top_k,
+        moe_intermediate_size=moe_intermediate,
+        share_expert_dim=share_expert,
+        moe_layers_enum=",".join(str(layer) for layer in range(layers) if layer not in dense),
+        vocab_size=vocab,
+        max_seq_len=context,
+    )
+    with Progress(console=notes, transient=True) as progress:
+        task = progress.add_task("writing", total=None)
+        make_checkpoint(
+            directory,
+            sizes,
+            seed=seed,
+            dtype=getattr(torch, dtype.value),
+            max_file_bytes=int(max_file_mib * 2**20),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    num_bytes = sum(path.stat().st_size for path in directory.iterdir())
+    console.print(f"{directory}: {num_bytes / 2**20:.1f} MiB", highlight=False)
+
+
+def _write_json(path: Path, value: object) -> None:
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; a known error is one sentence on stderr and exit status 1, a wrong option status 2."""
+    try:
+        app(arguments, standalone_mode=False)
+    except AfdError as error:
+        sys.exit(f"afd: {error}")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,262 @@
+"""The client SDK. Needs grpcio and protobuf, nothing else.
+
+async with Client("localhost:50051") as client:
+    async for token in client.generate("The sky is", max_tokens=16):
+        print(token.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+
+from afd.errors import InternalError, InvalidRequest, PeerUnavailable
+from afd.rpc import CHANNEL_OPTIONS, to_error
+from afd.v1 import gateway_pb2 as pb
+from afd.v1 import gateway_pb2_grpc, sampling_pb2
+
+Prompt = str | Sequence[int]
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 10.0
+_FINISH_REASONS: dict[int, str | None] = {
+    sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
+    sampling_pb2.FINISH_REASON_STOP: "stop",
+    sampling_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of generate and chat; protos/afd/v1/sampling.proto says what each one does."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    n: int
+    top_logprobs: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of the answer. The texts of a choice's tokens, joined, are its text."""
+
+    index: int
+    id: int
+    text: str
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: str | None  # on the last token of a choice: "stop" or "length"
+    choice: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that a mesh serves."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Stream:
+    """The tokens of one request. Leaving the loop, closing it or dropping it cancels the request everywhere."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> None:
+        self._call = call
+        self.request_id = ""
+        self.num_prompt_tokens = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        """Raises the error of `afd.errors` that ended the request."""
+        try:
+            async for response in self._call:
+                if response.WhichOneof("event") == "token":
+                    return _token(response.token)
+                self.request_id = response.started.request_id
+                self.num_prompt_tokens = response.started.num_prompt_tokens
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error) from None
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        self._call.cancel()
+
+
+class Client:
+    """A connection to a gateway, "host:port"."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    async def __aenter__(self) -> Self:
+        """Raises PeerUnavailable if nothing answers there."""
+        self._channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            await self._channel.close()
+            raise PeerUnavailable(f"no gateway answers at {self.target}") from None
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    def generate(self, prompt: Prompt, *, request_id: str = "", **sampling: Unpack[SamplingOptions]) -> Stream:
+        """Streams the tokens that follow a text or token ids; greedy unless a temperature is given.
+
+        Raises InvalidRequest here or at the first token for what cannot be asked.
+        """
+        if isinstance(prompt, str):
+            return self._start(pb.GenerateRequest(request_id=request_id, text=prompt), sampling)
+        try:
+            request = pb.GenerateRequest(request_id=request_id, token_ids=pb.TokenIds(ids=prompt))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"the prompt is neither a text nor token ids: {error}", "prompt") from None
+        return self._start(request, sampling)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> Stream:
+        """Streams the answer to messages like {"role": "user", "content": "..."}, by the model's chat template."""
+        try:
+            chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"a message is a role and a content: {error}", "messages") from None
+        return self._start(pb.GenerateRequest(request_id=request_id, chat=chat), sampling)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Cancels a running request; whether there was one."""
+        with _our_errors():
+            return bool((await self._stub.Cancel(pb.CancelRequest(request_id=request_id))).found)
+
+    async def get_model(self) -> Model:
+        with _our_errors():
+            model = await self._stub.GetModel(pb.GetModelRequest())
+        return Model(
+            model.name, model.fingerprint, model.vocab_size, model.max_context_tokens, tuple(model.eos_token_ids)
+        )
+
+    def _start(self, request: pb.GenerateRequest, sampling: SamplingOptions) -> Stream:
+        unknown = sampling.keys() - SamplingOptions.__annotations__.keys()
+        if unknown:
+            raise InvalidRequest(f"no such parameter: {', '.join(sorted(unknown))}", min(unknown))
+        try:
+            given = {name: value for name, value in sampling.items() if value is not None}
+            request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"a sampling parameter is not of its type: {error}") from None
+        return Stream(self._stub.Generate(request))
+
+
+class SyncClient:
+    """The same without asyncio: a thin form over Client, which runs on a thread of its own."""
+
+    def __init__(self, target: str) -> None:
+        self._client = Client(target)
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="afd-client", daemon=True)
+        self._thread.start()
+        try:
+            self._run(self._client.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._run(self._client.__aexit__(None, None, None))
+        self._stop()
+
+    def generate(self, prompt: Prompt, *, request_id: str = "", **sampling: Unpack[SamplingOptions]) -> Iterator[Token]:
+        return self._iterate(self._start(lambda: self._client.generate(prompt, request_id=request_id, **sampling)))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, request_id: str = "", **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[Token]:
+        return self._iterate(self._start(lambda: self._client.chat(messages, request_id=request_id, **sampling)))
+
+    def cancel(self, request_id: str) -> bool:
+        return self._run(self._client.cancel(request_id))
+
+    def get_model(self) -> Model:
+        return self._run(self._client.get_model())
+
+    def _start(self, begin: Any) -> Stream:
+        async def on_loop() -> Stream:
+            stream: Stream = begin()
+            return stream
+
+        return self._run(on_loop())
+
+    def _iterate(self, stream: Stream) -> Iterator[Token]:
+        async def following() -> Token | None:
+            return await anext(stream, None)
+
+        try:
+            while (token := self._run(following())) is not None:
+                yield token
+        finally:
+            self._run(stream.aclose())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise to_error(error) from None
+
+
+def _token(message: pb.GeneratedToken) -> Token:
+    if message.finish_reason not in _FINISH_REASONS:
+        raise InternalError(f"the gateway gave a finish reason that this client does not know: {message.finish_reason}")
+    return Token(
+        index=message.index,
+        id=message.id,
+        text=message.text,
+        logprob=message.logprob,
+        top_logprobs=tuple((top.id, top.logprob) for top in message.top_logprobs),
+        finish_reason=_FINISH_REASONS[message.finish_reason],
+        choice=message.choice,
+    )

@@ -1,0 +1,141 @@
+"""Every setting of every service, in one place: read from AFD_* variables once, checked, frozen, handed down."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from afd.errors import ConfigError
+
+ENV_PREFIX = "AFD_"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DtypeName = Literal["float32", "bfloat16"]
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+
+
+def parse_shard(value: object) -> object:
+    """ "1/3" is shard 1 (counted from 0) of 3."""
+    match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+    return (int(match[1]), int(match[2])) if match else value
+
+
+class ServiceSettings(BaseSettings):
+    """What all services share."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    model: Path = Field(description="directory of the Hugging Face checkpoint")
+    redis: str = Field(description="URL of the Redis that holds the mesh's state", pattern=r"^(rediss?|unix)://")
+    replica_id: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
+        description="this replica's name in the registry, unique in the mesh",
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    advertise_host: str | None = Field(None, description="address that others reach this replica by; default: host")
+    grpc_port: Port = Field(0, description="port of the gRPC service; 0 takes a free one")
+    metrics_port: Port = Field(0, description="port of Prometheus /metrics; 0 takes a free one")
+    lease_s: Seconds = Field(5.0, description="a replica that has not renewed its lease for so long is gone")
+    startup_timeout_s: Seconds = Field(120.0, description="longest wait at the start for the parts this one needs")
+    drain_timeout_s: Seconds = Field(30.0, description="longest wait at the stop for requests to end")
+    journal_ttl_s: Seconds = Field(600.0, description="how long a request's record is kept after its last write")
+    trace_sample: Fraction = Field(0.0, description="share of requests and decode steps that are traced")
+    trace_file: Path | None = Field(None, description="append spans to this file, one OTLP JSON object a line")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+
+    @property
+    def advertised_host(self) -> str:
+        return self.advertise_host or self.host
+
+
+class ComputeSettings(ServiceSettings):
+    """What the two services that compute share."""
+
+    dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
+    device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
+    threads: Count = Field(1, description="compute threads of torch")
+
+
+class AttentionSettings(ComputeSettings):
+    ffn_shards: Annotated[int, Field(ge=0)] = Field(
+        1, description="shards the FFN is split into; 0 runs the FFN inside this process"
+    )
+    microbatches: Count = Field(2, description="parts of the batch that cross the layers independently")
+    max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
+    prefill_chunk_tokens: Count = Field(512, description="prompt tokens computed in one step, all sequences together")
+    block_size: Count = Field(16, description="tokens in a KV block")
+    kv_cache_gib: Annotated[float, Field(gt=0)] = Field(1.0, description="memory for the KV cache, GiB")
+    num_kv_blocks: Count | None = Field(None, description="number of KV blocks; default: what kv_cache_gib holds")
+    ffn_timeout_s: Seconds = Field(
+        30.0, description="longest wait for one FFN answer before its replica counts as lost"
+    )
+    ffn_recovery_s: Seconds = Field(30.0, description="longest wait for a lost FFN shard before its requests fail")
+
+
+class FFNSettings(ComputeSettings):
+    shard: Annotated[tuple[int, int], NoDecode, BeforeValidator(parse_shard)] = Field(
+        (0, 1), description="i/M: this is shard i (from 0) of M"
+    )
+    max_frame_tokens: Count = Field(16384, description="rows of the largest frame accepted")
+
+    @model_validator(mode="after")
+    def _shard_exists(self) -> Self:
+        shard, num_shards = self.shard
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"shard {shard} of {num_shards} does not exist; shards count from 0")
+        return self
+
+
+class GatewaySettings(ServiceSettings):
+    http_port: Port = Field(0, description="port of the OpenAI HTTP API; 0 takes a free one")
+    served_model_name: str | None = Field(None, description="the model's name in the API; default: its folder's name")
+    max_body_bytes: Count = Field(8 << 20, description="largest request accepted, bytes")
+    request_timeout_s: Seconds = Field(3600.0, description="longest life of a request without a deadline of its own")
+
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+ALL_SETTINGS: tuple[type[ServiceSettings], ...] = (AttentionSettings, FFNSettings, GatewaySettings)
+
+
+def load_settings(kind: type[Settings]) -> Settings:
+    """The settings of one service from the environment.
+
+    Raises ConfigError with one sentence for an unknown AFD_* variable or a value that cannot be.
+    """
+    refuse_unknown_variables(os.environ)
+    try:
+        return kind()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentences(error))) from None
+
+
+def refuse_unknown_variables(names: Iterable[str]) -> None:
+    """Raises ConfigError for an AFD_* name that is a setting of no service, with the closest one that is."""
+    known = {ENV_PREFIX + name.upper() for kind in ALL_SETTINGS for name in kind.model_fields}
+    for name in names:
+        if name.startswith(ENV_PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            advice = f", did you mean {close[0]}?" if close else f"; the settings are {', '.join(sorted(known))}"
+            raise ConfigError(f"no such setting: {name}{advice}")
+
+
+def _sentences(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        name = ENV_PREFIX + "_".join(str(part) for part in problem["loc"][:1]).upper()
+        if problem["type"] == "missing":
+            yield f"{name} is not set"
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            yield f"{name}={problem['input']}: {reason[0].lower()}{reason[1:]}"

@@ -1,0 +1,37 @@
+"""Collocated: the whole FFN in the attention process, behind the same seam."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from afd.handoff.frame import Crossing, InFlight
+from afd.model.ffn import FFNShard
+from afd.model.moe import Routing
+
+
+class LocalFFN:
+    """Computes on receive. One device has nothing to overlap."""
+
+    def __init__(self, shard: FFNShard) -> None:
+        self.shard = shard
+        self._pending: dict[int, tuple[int, Tensor, Routing | None]] = {}
+
+    def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
+        self._pending[batch.slot] = layer_idx, ffn_input, routing
+
+    def receive(self, batch: InFlight) -> Tensor:
+        layer_idx, ffn_input, routing = self._pending.pop(batch.slot)
+        start = time.perf_counter_ns()
+        output = self.shard(layer_idx, ffn_input, routing)
+        end = time.perf_counter_ns()
+        num_tokens = ffn_input.shape[0]
+        batch.crossings.append(Crossing(0, layer_idx, batch.slot, start, end, 0, end - start, num_tokens))
+        return output
+
+    def drop(self, batch: InFlight) -> None:
+        self._pending.pop(batch.slot, None)
+
+    def close(self) -> None:
+        self._pending.clear()

@@ -1,0 +1,233 @@
+"""The whole mesh on one machine: starts the services as processes, watches over them, and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afd.config import refuse_unknown_variables
+from afd.errors import ConfigError
+from afd.model.checkpoint import Checkpoint
+from afd.processes import die_with_parent
+from afd.state.connection import connect, without_password
+from afd.state.embedded import embedded_redis
+from afd.state.registry import Registry, Replica, Role
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_STOP_TIMEOUT_S = 40.0
+_RESTART_PAUSE_S = 1.0
+_STOP_ORDER: tuple[Role, ...] = ("gateway", "attention", "ffn")  # nobody loses the service behind it
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """What to start. `ffn` 0 is collocated: the FFN runs inside the attention process."""
+
+    model: Path
+    attention: int = 1
+    ffn: int = 1
+    microbatches: int = 2
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    redis: str | None = None
+    grpc_port: int = 0
+    http_port: int = 0
+    threads: int | None = None
+    startup_timeout_s: float = 120.0
+    settings: dict[str, str] = field(default_factory=dict)  # further AFD_* settings, without the prefix
+
+    @property
+    def threads_each(self) -> int:
+        """By default the processes that compute share the cores evenly."""
+        return self.threads or max(1, (os.cpu_count() or 1) // (self.attention + self.ffn))
+
+
+@dataclass
+class Service:
+    """One process of the mesh, and how the registry knows it."""
+
+    role: Role
+    index: int
+    settings: dict[str, Any]
+    process: subprocess.Popen[bytes] | None = None
+    replica: Replica | None = None
+
+    @property
+    def replica_id(self) -> str:
+        return f"{self.role}-{self.index}"
+
+    def start(self) -> None:
+        settings = {**self.settings, "replica_id": self.replica_id}
+        environment = {**os.environ, **{f"AFD_{name.upper()}": str(value) for name, value in settings.items()}}
+        # Threads that spin while they wait would take the core from the service that they wait for.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"services.{self.role}"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
+            start_new_session=True,  # a Ctrl-C is for the parent, which stops the services in order
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self, timeout_s: float) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            log.warning("%s does not stop, so it is killed", self.replica_id)
+            self.process.kill()
+            self.process.wait()
+
+    def describe(self) -> dict[str, Any]:
+        """This process in the ready file."""
+        assert self.replica is not None
+        assert self.process is not None
+        shard = self.replica.shard
+        return {
+            "role": self.role,
+            "index": self.index,
+            "shard": f"{shard[0]}/{shard[1]}" if shard else None,
+            "pid": self.process.pid,
+            "address": self.replica.address,
+            "metrics": self.replica.metrics_address,
+        }
+
+
+class Mesh:
+    """The running services. `gateway`, `http` and `services` tell where they are."""
+
+    def __init__(self, options: MeshOptions, redis_url: str) -> None:
+        self.options = options
+        self.redis_url = redis_url
+        common = {
+            "model": options.model,
+            "redis": redis_url,
+            "startup_timeout_s": options.startup_timeout_s,
+            **options.settings,
+        }
+        compute = {"dtype": options.dtype, "device": options.device, "threads": options.threads_each}
+        attention = {**common, **compute, "ffn_shards": options.ffn, "microbatches": options.microbatches}
+        self.services = [
+            *(
+                Service("ffn", shard, {**common, **compute, "shard": f"{shard}/{options.ffn}"})
+                for shard in range(options.ffn)
+            ),
+            *(Service("attention", index, attention) for index in range(options.attention)),
+            Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
+        ]
+
+    @property
+    def gateway(self) -> Replica:
+        replica = self.services[-1].replica
+        assert replica is not None
+        return replica
+
+    def start(self) -> None:
+        """Returns when every service is ready. Raises ConfigError if one ends, or takes too long."""
+        for service in self.services:
+            service.start()
+        asyncio.run(self._wait_until_ready())
+
+    def watch(self) -> None:
+        """Starts a service again that has ended by itself."""
+        for service in self.services:
+            if not service.alive:
+                log.warning("%s has ended; it is started again", service.replica_id)
+                time.sleep(_RESTART_PAUSE_S)
+                service.start()
+
+    def stop(self) -> None:
+        """Drains and ends every process: gateway first, FFN last."""
+        for role in _STOP_ORDER:
+            ending = [service for service in self.services if service.role == role]
+            for service in ending:
+                if service.alive and service.process:
+                    service.process.send_signal(signal.SIGTERM)
+            for service in ending:
+                service.stop(_STOP_TIMEOUT_S)
+
+    def ready_file(self) -> dict[str, Any]:
+        return {
+            "grpc": self.gateway.address,
+            "http": f"http://{self.gateway.http_address}",
+            "redis": without_password(self.options.redis) if self.options.redis else None,
+            "processes": [service.describe() for service in self.services],
+        }
+
+    async def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.options.startup_timeout_s
+        async with connect(self.redis_url) as redis:
+            registry = Registry(redis, lease_s=1.0)
+            while not all(service.replica for service in self.services):
+                for service in self.services:
+                    if not service.alive:
+                        status = service.process.returncode if service.process else None
+                        raise ConfigError(f"{service.replica_id} ended with status {status} before it was ready")
+                if time.monotonic() > deadline:
+                    late = [service.replica_id for service in self.services if service.replica is None]
+                    raise ConfigError(
+                        f"not ready within {self.options.startup_timeout_s:g} s: {', '.join(late)}; "
+                        "--startup-timeout allows more"
+                    )
+                await self._look_up(registry)
+                await asyncio.sleep(_POLL_S)
+
+    async def _look_up(self, registry: Registry) -> None:
+        pids = {service.process.pid for service in self.services if service.process}
+        found = {
+            replica.replica_id: replica
+            for role in _STOP_ORDER
+            for replica in await registry.replicas(role)
+            if replica.pid in pids
+        }
+        for service in self.services:
+            service.replica = found.get(service.replica_id)
+
+
+@contextlib.contextmanager
+def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
+    """Starts a mesh, with an embedded Redis unless one is given; nothing of it is left afterwards.
+
+    Raises ConfigError or CheckpointError with a sentence for what cannot start.
+    """
+    refuse_unknown_variables(os.environ)
+    Checkpoint(options.model)  # what is wrong with it is said once, here, not by every service
+    with contextlib.ExitStack() as stack:
+        mesh = Mesh(options, options.redis or stack.enter_context(embedded_redis()))
+        stack.callback(mesh.stop)
+        mesh.start()
+        yield mesh
+
+
+@contextlib.contextmanager
+def write_ready_file(path: Path, mesh: Mesh) -> Iterator[None]:
+    """Appears whole, and is gone after the block. Raises ConfigError if it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(mesh.ready_file(), indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"the ready file {path} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""How one sequence's tokens are chosen: the settings, checked. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from afd.errors import InvalidRequest
+
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """None (or an empty collection) means "do not apply". protos/afd/v1/sampling.proto says what each one does."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    n: int = 1
+    top_logprobs: int = 0
+
+    def check(self, vocab_size: int) -> None:
+        """Raises InvalidRequest, naming the parameter, for a value that means nothing."""
+        _range("temperature", self.temperature, 0, 100)
+        _range("top_k", self.top_k, 1, vocab_size)
+        _range("top_p", self.top_p, 0, 1, open_below=True)
+        _range("min_p", self.min_p, 0, 1)
+        _range("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
+        _range("presence_penalty", self.presence_penalty, -2, 2)
+        _range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _range("seed", self.seed, 0, 2**64 - 1)
+        _range("max_tokens", self.max_tokens, 1, 2**31)
+        _range("min_tokens", self.min_tokens, 0, 2**31 if self.max_tokens is None else self.max_tokens)
+        _range("n", self.n, 1, MAX_CHOICES)
+        _range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        if "" in self.stop:
+            raise InvalidRequest("stop contains an empty string, which would end every text at once", "stop")
+        check_token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        check_token_ids("logit_bias", self.logit_bias, vocab_size)
+        for token_id, bias in self.logit_bias.items():
+            _range(f"logit_bias of token {token_id}", bias, -100, 100)
+
+
+def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] | list[int], vocab_size: int) -> None:
+    """Raises InvalidRequest for the first id that is not in the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(f"{name}: token id {token_id} is outside the vocabulary of {vocab_size}", name)
+
+
+def _range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:
+    if value is None:
+        return
+    if math.isfinite(value) and (low < value if open_below else low <= value) and value <= high:
+        return
+    raise InvalidRequest(
+        f"{name} must be {'over' if open_below else 'from'} {low} "
+        f"{'and at most' if open_below else 'to'} {high}, not {value}",
+        name.split(maxsplit=1)[0],
+    )

@@ -1,0 +1,40 @@
+"""Between the contract's messages and our own types."""
+
+from __future__ import annotations
+
+from afd.model.sampling_params import SamplingParams
+from afd.v1 import sampling_pb2 as pb
+
+_OPTIONAL = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+)
+_PLAIN = ("temperature", "min_tokens", "ignore_eos", "top_logprobs")
+
+
+def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    values = {name: getattr(params, name) for name in (*_OPTIONAL, *_PLAIN)}
+    return pb.SamplingParams(
+        **{name: value for name, value in values.items() if value is not None},
+        logit_bias=params.logit_bias,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        n=params.n,
+    )
+
+
+def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},
+        **{name: getattr(message, name) for name in _PLAIN},
+        logit_bias=dict(message.logit_bias),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        n=message.n or 1,
+    )

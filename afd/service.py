@@ -1,0 +1,71 @@
+"""What every service's `__main__` does around its own part: settings, telemetry, signals, one sentence at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from afd import telemetry
+from afd.config import ServiceSettings, load_settings
+from afd.errors import AfdError
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT. While a service starts they end it at once; once it waits for them, it drains."""
+
+    def __init__(self) -> None:
+        self._received = asyncio.Event()
+        self._ready = False
+
+    async def wait(self) -> None:
+        """Called by a service that is ready to serve; returns when it shall stop."""
+        self._ready = True
+        await self._received.wait()
+
+    def handle(self, service: asyncio.Task[None]) -> None:
+        if not self._ready or self._received.is_set():
+            service.cancel()
+        self._received.set()
+
+
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` while the block runs."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+Serve = Callable[[S, StopSignal], Coroutine[Any, Any, None]]
+
+
+def run_service(role: str, kind: type[S], serve: Serve[S]) -> None:
+    """Runs a service until it is told to stop; on a known error prints its sentence and exits with 1."""
+    try:
+        settings = load_settings(kind)
+        telemetry.set_up(role, settings)
+        asyncio.run(_run(settings, serve))
+    except AfdError as error:
+        sys.exit(f"afd {role}: {error}")
+    finally:
+        telemetry.shut_down()
+
+
+async def _run(settings: S, serve: Serve[S]) -> None:
+    stop = StopSignal()
+    service = asyncio.create_task(serve(settings, stop))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.handle, service)
+    with contextlib.suppress(asyncio.CancelledError):
+        await service

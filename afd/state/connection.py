@@ -1,0 +1,45 @@
+"""The one connection to Redis, with every wait bounded."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from afd.errors import ConfigError, PeerUnavailable
+
+_TIMEOUT_S = 5.0
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[Redis]:
+    """A Redis client for `url` (redis://, rediss:// or unix://); ConfigError if nothing answers there."""
+    try:
+        redis = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        await redis.ping()
+    except (RedisError, OSError, ValueError) as error:
+        raise ConfigError(f"no Redis answers at {without_password(url)}: {error}") from None
+    try:
+        yield redis
+    finally:
+        await redis.aclose()
+
+
+@asynccontextmanager
+async def translated_errors() -> AsyncIterator[None]:
+    """Turns failures of Redis into PeerUnavailable."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise PeerUnavailable(f"Redis does not answer: {error}") from error
+
+
+def without_password(url: str) -> str:
+    """The URL for logs and errors."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return parts._replace(netloc=f"{parts.username or ''}:***@{parts.hostname}:{parts.port or 6379}").geturl()

@@ -1,0 +1,137 @@
+"""Who is alive: every replica holds a lease, an entry that expires unless it is renewed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from afd.errors import PeerUnavailable
+from afd.state.connection import translated_errors
+
+log = logging.getLogger(__name__)
+
+Role = Literal["gateway", "attention", "ffn"]
+_CHANNEL = "afd:membership"
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One running process, as it describes itself in the registry."""
+
+    role: Role
+    replica_id: str
+    address: str  # gRPC, host:port
+    fingerprint: str  # of the model
+    pid: int
+    shard: tuple[int, int] | None = None  # (i, M) of an FFN replica
+    max_context_tokens: int = 0  # of an attention replica: the longest prompt and output it can hold
+    http_address: str | None = None  # of a gateway
+    metrics_address: str | None = None
+    transports: tuple[str, ...] = field(default=("inline",))
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: bytes) -> Self:
+        values: dict[str, Any] = json.loads(text)
+        values["shard"] = tuple(values["shard"]) if values["shard"] else None
+        values["transports"] = tuple(values["transports"])
+        return cls(**values)
+
+
+class Registry:
+    """Leases in Redis: a key per replica with an expiry, a set of names per role, a channel that says "look again"."""
+
+    def __init__(self, redis: Redis, lease_s: float) -> None:
+        self.redis = redis
+        self.lease_s = lease_s
+
+    @asynccontextmanager
+    async def registered(self, describe: Callable[[], Replica]) -> AsyncIterator[None]:
+        """Holds a lease while the block runs, renewing it with a fresh description; leaves cleanly at the end."""
+        await self._renew(describe())
+        await self._notify()
+        renewal = asyncio.create_task(self._keep_renewing(describe))
+        try:
+            yield
+        finally:
+            renewal.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await renewal
+            with contextlib.suppress(PeerUnavailable):
+                await self._leave(describe())
+
+    async def replicas(self, role: Role) -> list[Replica]:
+        """The replicas of a role that hold a lease, by name. Raises PeerUnavailable without Redis."""
+        async with translated_errors():
+            members = cast(set[bytes], await self.redis.smembers(_names_key(role)))
+            names = sorted(name.decode() for name in members)
+            found = await asyncio.gather(*(self.redis.get(_key(role, name)) for name in names))
+            entries = cast(list[bytes | None], found)
+            gone = [name for name, entry in zip(names, entries, strict=True) if entry is None]
+            if gone:
+                await self.redis.srem(_names_key(role), *gone)
+        return [Replica.decode(entry) for entry in entries if entry is not None]
+
+    async def watch(self, role: Role) -> AsyncIterator[list[Replica]]:
+        """The replicas of a role now, and again after each change: by notification, and by polling behind it."""
+        last: list[Replica] | None = None
+        async with self.redis.pubsub() as changes:
+            while True:
+                try:
+                    if not changes.subscribed:
+                        await changes.subscribe(_CHANNEL)
+                    current = await self.replicas(role)
+                except (RedisError, OSError, PeerUnavailable) as error:
+                    log.warning("membership is not known for now: %s", error)
+                    await asyncio.sleep(_POLL_S)
+                    continue
+                if current != last:
+                    last = current
+                    yield current
+                with contextlib.suppress(RedisError, OSError):
+                    await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
+
+    async def _keep_renewing(self, describe: Callable[[], Replica]) -> None:
+        while True:
+            await asyncio.sleep(self.lease_s / 3)
+            try:
+                await self._renew(describe())
+            except PeerUnavailable as error:
+                log.warning("the lease could not be renewed: %s", error)
+
+    async def _renew(self, replica: Replica) -> None:
+        async with translated_errors():
+            await self.redis.set(
+                _key(replica.role, replica.replica_id), replica.encode(), px=max(1, int(self.lease_s * 1000))
+            )
+            await self.redis.sadd(_names_key(replica.role), replica.replica_id)
+
+    async def _leave(self, replica: Replica) -> None:
+        async with translated_errors():
+            await self.redis.delete(_key(replica.role, replica.replica_id))
+            await self.redis.srem(_names_key(replica.role), replica.replica_id)
+            await self._notify()
+
+    async def _notify(self) -> None:
+        async with translated_errors():
+            await self.redis.publish(_CHANNEL, "changed")
+
+
+def _key(role: Role, replica_id: str) -> str:
+    return f"afd:replica:{role}:{replica_id}"
+
+
+def _names_key(role: Role) -> str:
+    return f"afd:replicas:{role}"

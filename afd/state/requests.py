@@ -1,0 +1,169 @@
+"""What must outlive a process: each request's record and, for each of its sequences, the journal of its tokens."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from afd.errors import StaleEpoch
+from afd.state.connection import translated_errors
+
+log = logging.getLogger(__name__)
+
+Status = Literal["running", "finished", "cancelled", "failed"]
+
+# KEYS: record, journal. ARGV: epoch, index of the token, its packed value, TTL in ms.
+# An epoch older than the record's is refused; a token that is already there (XADD refuses its id) stays as it is.
+_APPEND = """
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+if epoch and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
+redis.pcall('XADD', KEYS[2], (ARGV[2] + 1) .. '-0', 't', ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return 1
+"""
+_TOKEN = struct.Struct("<If")  # id, logprob
+
+
+@dataclass(frozen=True)
+class SequenceKey:
+    """One of a request's choices."""
+
+    request_id: str
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """What a request needs to be taken up by another replica, beside its journal."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: bytes  # afd.v1.SamplingParams, serialised, with the seed that was drawn
+    owner: str  # replica_id of the attention replica
+    epoch: int = 1
+    status: Status = "running"
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    key: SequenceKey
+    epoch: int
+    index: int
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class JournaledToken:
+    token_id: int
+    logprob: float
+
+
+class RequestStore:
+    """Records and journals in Redis; both expire `ttl_s` after the last write."""
+
+    def __init__(self, redis: Redis, ttl_s: float) -> None:
+        self.redis = redis
+        self.ttl_ms = int(ttl_s * 1000)
+        self._append = redis.register_script(_APPEND)
+
+    async def create(self, key: SequenceKey, record: RequestRecord) -> None:
+        """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch."""
+        async with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+            pipe.hset(
+                _record_key(key),
+                mapping={
+                    "prompt_ids": struct.pack(f"<{len(record.prompt_ids)}I", *record.prompt_ids),
+                    "sampling": record.sampling,
+                    "owner": record.owner,
+                    "epoch": record.epoch,
+                    "status": record.status,
+                },
+            )
+            pipe.pexpire(_record_key(key), self.ttl_ms)
+            await pipe.execute()
+
+    async def append(self, entries: Sequence[JournalEntry]) -> list[StaleEpoch | None]:
+        """Journals tokens, all in one round trip; for each entry None, or the refusal of a stale owner's write.
+
+        Writing a token again is harmless. Raises PeerUnavailable without Redis.
+        """
+        async with translated_errors():
+            try:
+                replies = await self._append_all(entries)
+            except NoScriptError:
+                await self.redis.script_load(_APPEND)
+                replies = await self._append_all(entries)
+        return [_refusal(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
+
+    async def _append_all(self, entries: Sequence[JournalEntry]) -> list[object]:
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for entry in entries:
+                pipe.evalsha(
+                    self._append.sha,
+                    2,
+                    _record_key(entry.key),
+                    _journal_key(entry.key),
+                    entry.epoch,
+                    entry.index,
+                    _TOKEN.pack(entry.token_id, entry.logprob),
+                    self.ttl_ms,
+                )
+            replies = cast(list[object], await pipe.execute(raise_on_error=False))
+        for reply in replies:
+            if isinstance(reply, Exception) and not _is_stale(reply):
+                raise reply
+        return replies
+
+    async def finish(self, key: SequenceKey, status: Status) -> None:
+        async with translated_errors():
+            await self.redis.hset(_record_key(key), "status", status)
+            await self.redis.pexpire(_record_key(key), self.ttl_ms)
+
+    async def record(self, key: SequenceKey) -> RequestRecord | None:
+        """The record, or None once it has expired."""
+        async with translated_errors():
+            fields = cast(dict[bytes, bytes], await self.redis.hgetall(_record_key(key)))
+        if b"prompt_ids" not in fields:
+            return None
+        packed = fields[b"prompt_ids"]
+        return RequestRecord(
+            prompt_ids=struct.unpack(f"<{len(packed) // 4}I", packed),
+            sampling=fields[b"sampling"],
+            owner=fields[b"owner"].decode(),
+            epoch=int(fields[b"epoch"]),
+            status=cast(Status, fields[b"status"].decode()),
+        )
+
+    async def journal(self, key: SequenceKey, start: int = 0) -> list[JournaledToken]:
+        """The tokens from index `start` on."""
+        async with translated_errors():
+            found = await self.redis.xrange(_journal_key(key), min=f"{start + 1}-0")
+            entries = cast(list[tuple[bytes, dict[bytes, bytes]]], found)
+        return [JournaledToken(*_TOKEN.unpack(fields[b"t"])) for _, fields in entries]
+
+
+def _refusal(entry: JournalEntry, reply: object) -> StaleEpoch | None:
+    if not _is_stale(reply):
+        return None
+    newer = str(reply).split()[-1]
+    return StaleEpoch(f"request {entry.key.request_id}: epoch {entry.epoch} is over, its owner is at epoch {newer}")
+
+
+def _is_stale(reply: object) -> bool:
+    return isinstance(reply, ResponseError) and str(reply).startswith("STALE")
+
+
+def _record_key(key: SequenceKey) -> str:
+    """The braces keep a request's keys on one node of a Redis Cluster."""
+    return f"afd:request:{{{key.request_id}}}:{key.choice}"
+
+
+def _journal_key(key: SequenceKey) -> str:
+    return f"afd:journal:{{{key.request_id}}}:{key.choice}"

@@ -1,0 +1,151 @@
+"""Wiring of an attention replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import grpc.aio
+import prometheus_client
+import torch
+
+from afd.compute import loading_progress, prepare_torch
+from afd.config import AttentionSettings
+from afd.errors import ConfigError
+from afd.handoff.frame import FFN
+from afd.handoff.local import LocalFFN
+from afd.model.checkpoint import Checkpoint
+from afd.model.mfa import KVCache
+from afd.model.weights import load_attention, load_ffn_shard
+from afd.rpc import serving
+from afd.service import StopSignal, background, run_service
+from afd.state.connection import connect
+from afd.state.registry import Registry, Replica
+from afd.state.requests import RequestStore
+from afd.telemetry import serve_metrics
+from afd.v1 import attention_pb2 as pb
+from afd.v1 import attention_pb2_grpc
+from services.attention.block_manager import BlockManager
+from services.attention.decoder import Decoder
+from services.attention.engine import Delivery, Engine
+from services.attention.ffn_connector import FfnConnector
+from services.attention.journal import Journal
+from services.attention.metrics import AttentionCollector
+from services.attention.microbatch import MicrobatchBuilder
+from services.attention.scheduler import Scheduler
+from services.attention.servicer import AttentionServicer
+from services.attention.step_tracer import StepTracer
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AttentionService"].full_name
+_DRAIN_POLL_S = 0.05
+
+
+async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
+    dtype, device = prepare_torch(settings)
+    checkpoint = Checkpoint(settings.model)
+    config = checkpoint.config
+    stack = await asyncio.to_thread(load_attention, checkpoint, dtype, device, loading_progress("attention"))
+    num_blocks = settings.num_kv_blocks or _num_blocks(settings, checkpoint, dtype)
+    cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
+    max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
+    tracer = StepTracer()
+    loop = asyncio.get_running_loop()
+
+    async with connect(settings.redis) as redis:
+        registry = Registry(redis, settings.lease_s)
+        connector = FfnConnector(
+            registry=registry,
+            loop=loop,
+            checkpoint=checkpoint,
+            replica_id=settings.replica_id,
+            num_shards=settings.ffn_shards,
+            dtype=dtype,
+            device=device,
+            timeout_s=settings.ffn_timeout_s,
+            max_frame_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
+            traceparent=lambda: tracer.traceparent,
+        )
+        journal = Journal(RequestStore(redis, settings.journal_ttl_s))
+
+        def deliver(deliveries: list[Delivery]) -> None:
+            loop.call_soon_threadsafe(journal.put, deliveries)
+
+        engine = Engine(
+            decoder=Decoder(stack, cache, await _connect_ffn(settings, checkpoint, connector, dtype, device)),
+            scheduler=Scheduler(
+                BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
+            ),
+            builder=MicrobatchBuilder(settings.block_size, config.head_dim, config.rope_theta, device),
+            num_microbatches=settings.microbatches,
+            tracer=tracer,
+            deliver=deliver,
+            reconnect=connector.connect,
+            recovery_s=settings.ffn_recovery_s,
+        )
+        engine.start()
+        prometheus_client.REGISTRY.register(AttentionCollector(engine))
+        metrics_port = serve_metrics(settings.host, settings.metrics_port)
+        servicer = AttentionServicer(engine, config, max_context_tokens)
+
+        def add_services(server: grpc.aio.Server) -> None:
+            attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
+
+        async with (
+            background(journal.run()),
+            serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port,
+        ):
+            replica = Replica(
+                role="attention",
+                replica_id=settings.replica_id,
+                address=f"{settings.advertised_host}:{port}",
+                fingerprint=checkpoint.fingerprint,
+                pid=os.getpid(),
+                max_context_tokens=max_context_tokens,
+                metrics_address=f"{settings.advertised_host}:{metrics_port}",
+            )
+            async with registry.registered(lambda: replica):
+                await stop.wait()
+            await _drain(servicer, settings.drain_timeout_s)
+        await asyncio.to_thread(engine.stop)
+
+
+def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """How many KV blocks the memory set aside holds: a key and a value vector per token and layer."""
+    config = checkpoint.config
+    block_bytes = 2 * config.num_layers * settings.block_size * config.head_dim * dtype.itemsize
+    num_blocks = int(settings.kv_cache_gib * 2**30) // block_bytes
+    if num_blocks == 0:
+        raise ConfigError(
+            f"AFD_KV_CACHE_GIB={settings.kv_cache_gib} does not hold one KV block of {block_bytes} bytes; raise it"
+        )
+    longest = -(-config.max_context_tokens // settings.block_size)
+    return min(num_blocks, longest * settings.max_sequences)
+
+
+async def _connect_ffn(
+    settings: AttentionSettings,
+    checkpoint: Checkpoint,
+    connector: FfnConnector,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FFN:
+    if settings.ffn_shards:
+        log.info("waiting for %d FFN shards", settings.ffn_shards)
+        return await connector.connect_within(settings.startup_timeout_s)
+    progress = loading_progress("FFN")
+    return LocalFFN(await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress))
+
+
+async def _drain(servicer: AttentionServicer, timeout_s: float) -> None:
+    """Takes nothing new and serves what is open."""
+    servicer.draining = True
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while servicer.num_open and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(_DRAIN_POLL_S)
+
+
+if __name__ == "__main__":
+    run_service("attention", AttentionSettings, serve)

@@ -1,0 +1,108 @@
+"""Finds the FFN's shards in the registry and connects to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import torch
+
+from afd.errors import ConfigError, PeerUnavailable
+from afd.handoff.handshake import topology
+from afd.handoff.inline import InlineTransport
+from afd.handoff.remote import RemoteFFN, Transport
+from afd.model.checkpoint import Checkpoint
+from afd.state.registry import Registry, Replica
+from afd.v1 import ffn_pb2 as pb
+
+_LOOKUP_TIMEOUT_S = 10.0
+_PAUSE_S = 0.05
+
+
+class FfnConnector:
+    """`connect` blocks; it is called outside the event loop."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        loop: asyncio.AbstractEventLoop,
+        checkpoint: Checkpoint,
+        replica_id: str,
+        num_shards: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        timeout_s: float,
+        max_frame_tokens: int,
+        traceparent: Callable[[], str],
+    ) -> None:
+        self.registry = registry
+        self.loop = loop
+        self.checkpoint = checkpoint
+        self.replica_id = replica_id
+        self.num_shards = num_shards
+        self.dtype = dtype
+        self.device = device
+        self.timeout_s = timeout_s
+        self.max_frame_tokens = max_frame_tokens
+        self.traceparent = traceparent
+
+    def connect(self) -> RemoteFFN:
+        """One replica of every shard. Raises PeerUnavailable, or Mismatch for a replica that does not belong here."""
+        replicas = self._replicas()
+        transports: list[Transport] = []
+        try:
+            for shard in range(self.num_shards):
+                transports.append(self._connect_shard(shard, replicas))
+        except Exception:
+            for transport in transports:
+                transport.close()
+            raise
+        return RemoteFFN(transports, self.timeout_s, self.traceparent)
+
+    async def connect_within(self, timeout_s: float) -> RemoteFFN:
+        """The same at the start, when shards may still be loading; called on the event loop."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await asyncio.to_thread(self.connect)
+            except PeerUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise PeerUnavailable(f"{error}, after {timeout_s:g} s of waiting") from None
+            await asyncio.sleep(_PAUSE_S)
+
+    def _replicas(self) -> list[Replica]:
+        future = asyncio.run_coroutine_threadsafe(self.registry.replicas("ffn"), self.loop)
+        try:
+            return future.result(_LOOKUP_TIMEOUT_S)
+        except TimeoutError:
+            raise PeerUnavailable("the registry does not answer") from None
+
+    def _connect_shard(self, shard: int, replicas: list[Replica]) -> InlineTransport:
+        candidates = [replica for replica in replicas if replica.shard == (shard, self.num_shards)]
+        failure = PeerUnavailable(
+            f"no replica of FFN shard {shard}/{self.num_shards} is registered (there are: {_shards(replicas)})"
+        )
+        for replica in candidates:
+            try:
+                return self._connect_replica(shard, replica)
+            except PeerUnavailable as error:
+                failure = error
+        raise failure
+
+    def _connect_replica(self, shard: int, replica: Replica) -> InlineTransport:
+        ours = topology(self.checkpoint.config, self.checkpoint.fingerprint, self.dtype, shard, self.num_shards)
+        hello = pb.Hello(replica_id=self.replica_id, topology=ours)
+        transport = InlineTransport(replica.address, hello, self.dtype, self.device)
+        accepted = transport.welcome.max_frame_tokens
+        if accepted < self.max_frame_tokens:
+            transport.close()
+            raise ConfigError(
+                f"FFN replica {replica.replica_id} accepts frames of {accepted} tokens, but AFD_MAX_SEQUENCES and "
+                f"AFD_PREFILL_CHUNK_TOKENS allow {self.max_frame_tokens}: raise AFD_MAX_FRAME_TOKENS or lower these"
+            )
+        return transport
+
+
+def _shards(replicas: list[Replica]) -> str:
+    return ", ".join(f"{shard}/{num}" for shard, num in (r.shard for r in replicas if r.shard)) or "none"

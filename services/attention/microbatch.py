@@ -1,0 +1,121 @@
+"""The part of a step's batch that crosses the layers on its own: its sequences as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afd.handoff.frame import Crossing
+from afd.model.layers import Rotation
+from afd.model.mfa import AttentionBatch, PrefillChunk
+from services.attention.scheduler import Chunk
+from services.attention.sequence import Sequence
+
+
+@dataclass(eq=False)
+class Microbatch:
+    """Rows are tokens: first those of decoding sequences, one each, then the prefill chunks."""
+
+    slot: int
+    chunks: list[Chunk]
+    token_ids: Tensor  # [T]
+    attention: AttentionBatch
+    sampled: list[Sequence]  # sequences that get a token from this step
+    sampled_rows: Tensor  # the row of each one's last token
+    hidden_states: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, D]
+    crossings: list[Crossing] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return all(chunk.sequence.cancelled for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class MicrobatchBuilder:
+    block_size: int
+    head_dim: int
+    rope_theta: float
+    device: torch.device
+
+    def split(self, chunks: list[Chunk], num_microbatches: int) -> list[Microbatch]:
+        """At most num_microbatches parts with about the same number of tokens; a sequence is never split."""
+        parts: list[list[Chunk]] = [[] for _ in range(min(num_microbatches, len(chunks)))]
+        loads = [0] * len(parts)
+        for chunk in sorted(chunks, key=lambda chunk: -chunk.num_tokens):
+            lightest = loads.index(min(loads))
+            parts[lightest].append(chunk)
+            loads[lightest] += chunk.num_tokens
+        return [self.build(slot, part) for slot, part in enumerate(parts)]
+
+    def build(self, slot: int, chunks: Items[Chunk]) -> Microbatch:
+        ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
+        num_decoding = sum(chunk.num_tokens == 1 for chunk in ordered)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        new_slots: list[int] = []
+        prefill_chunks: list[PrefillChunk] = []
+        sampled: list[Sequence] = []
+        sampled_rows: list[int] = []
+        for chunk in ordered:
+            sequence, row = chunk.sequence, len(token_ids)
+            start, stop = sequence.num_computed, sequence.num_computed + chunk.num_tokens
+            token_ids += sequence.token_ids(start, stop)
+            positions += range(start, stop)
+            new_slots += self._slots(sequence.block_table, start, stop)
+            if chunk.num_tokens > 1:
+                prefill_chunks.append(self._prefill_chunk(sequence, row, start, stop))
+            if chunk.ends_sequence:
+                sampled.append(sequence)
+                sampled_rows.append(len(token_ids) - 1)
+        decode_slots, decode_mask = self._decode_context([chunk.sequence for chunk in ordered[:num_decoding]])
+        return Microbatch(
+            slot=slot,
+            chunks=ordered,
+            token_ids=self._tensor(token_ids),
+            attention=AttentionBatch(
+                rotation=Rotation.at(self._tensor(positions), self.head_dim, self.rope_theta),
+                new_slots=self._tensor(new_slots),
+                decode_slots=decode_slots,
+                decode_mask=decode_mask,
+                prefill_chunks=tuple(prefill_chunks),
+            ),
+            sampled=sampled,
+            sampled_rows=self._tensor(sampled_rows),
+        )
+
+    def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:
+        size = self.block_size
+        return [block_table[position // size] * size + position % size for position in range(start, stop)]
+
+    def _decode_context(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """Slots [S, longest] of each sequence's whole context, padded, and the mask of what is not padding."""
+        lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])
+        longest = int(lengths.max()) if sequences else 0
+        num_blocks = -(-longest // self.block_size)
+        tables = self._tensor([(sequence.block_table + [0] * num_blocks)[:num_blocks] for sequence in sequences]).view(
+            len(sequences), num_blocks, 1
+        )
+        offsets = torch.arange(self.block_size, device=self.device)
+        slots = (tables * self.block_size + offsets).flatten(1)[:, :longest]
+        mask = torch.arange(longest, device=self.device) < lengths[:, None]
+        return slots, mask[:, None]
+
+    def _prefill_chunk(self, sequence: Sequence, row: int, start: int, stop: int) -> PrefillChunk:
+        positions = torch.arange(stop, device=self.device)
+        return PrefillChunk(
+            start=row,
+            stop=row + stop - start,
+            context_slots=self._tensor(self._slots(sequence.block_table, 0, stop)),
+            mask=positions <= positions[start:, None],
+        )
+
+    def _tensor(self, values: Items[int] | Items[Items[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)

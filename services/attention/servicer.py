@@ -1,0 +1,108 @@
+"""The gRPC face of an attention replica: translates, and does not think."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from opentelemetry import trace
+
+from afd import rpc, telemetry
+from afd.errors import AfdError, InvalidRequest, PeerUnavailable
+from afd.model.config import ModelConfig
+from afd.model.sampling_params import check_token_ids
+from afd.protocol import sampling_from_proto
+from afd.state.requests import SequenceKey
+from afd.v1 import attention_pb2 as pb
+from afd.v1 import attention_pb2_grpc, sampling_pb2
+from services.attention.engine import Engine
+from services.attention.sequence import FinishReason, Sequence, TokenEvent
+from services.attention.timeline import PARTS
+
+_FINISH_REASONS = {
+    None: sampling_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
+    def __init__(self, engine: Engine, config: ModelConfig, max_context_tokens: int) -> None:
+        self.engine = engine
+        self.config = config
+        self.max_context_tokens = max_context_tokens
+        self.num_open = 0
+        self.draining = False
+
+    async def Decode(self, request: pb.DecodeRequest, context: rpc.Context) -> AsyncIterator[pb.DecodeResponse]:
+        async with rpc.aborting(context):
+            span = telemetry.tracer.start_span("attention.decode", telemetry.context_of(rpc.metadata_of(context)))
+            sequence = self._sequence(request, span.get_span_context())
+            self.engine.submit(sequence)
+            self.num_open += 1
+            try:
+                while True:
+                    event = await sequence.outbox.get()
+                    if isinstance(event, AfdError):
+                        raise event
+                    yield _response(event)
+                    if event.finish_reason is not None:
+                        return
+            finally:
+                self.num_open -= 1
+                self.engine.cancel(sequence)
+                span.end()
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: rpc.Context) -> pb.GetLoadResponse:
+        scheduler, counters = self.engine.scheduler, self.engine.counters
+        seconds = {part: counters.part_ns[part] / 1e9 for part in PARTS}
+        return pb.GetLoadResponse(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_kv_blocks=scheduler.blocks.num_blocks,
+            num_kv_blocks_used=scheduler.blocks.num_used,
+            num_frames_in_flight=self.engine.num_in_flight,
+            num_steps=counters.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            step_seconds=seconds | {
+                "step": counters.step_ns / 1e9,
+                "ffn_queue": counters.ffn_queue_ns / 1e9,
+                "ffn_compute": counters.ffn_compute_ns / 1e9,
+                "crossing": counters.crossing_ns / 1e9,
+            },
+        )  # fmt: skip
+
+    def _sequence(self, request: pb.DecodeRequest, span_context: trace.SpanContext) -> Sequence:
+        if self.draining:
+            raise PeerUnavailable("this attention replica is draining")
+        params = sampling_from_proto(request.sampling)
+        params.check(self.config.vocab_size)
+        token_ids = list(request.token_ids)
+        check_token_ids("token_ids", token_ids, self.config.vocab_size)
+        num_prompt = len(token_ids) - request.num_generated
+        if num_prompt < 1:
+            raise InvalidRequest("the prompt is empty", "token_ids")
+        if len(token_ids) >= self.max_context_tokens:
+            raise InvalidRequest(
+                f"{len(token_ids)} tokens leave no room in this replica's context of {self.max_context_tokens}",
+                "token_ids",
+            )
+        return Sequence(
+            key=SequenceKey(request.request_id, request.choice),
+            epoch=request.epoch,
+            prompt_ids=token_ids[:num_prompt],
+            output_ids=token_ids[num_prompt:],
+            params=params,
+            eos_token_ids=self.config.eos_token_ids,
+            max_context_tokens=self.max_context_tokens,
+            span_context=span_context,
+        )
+
+
+def _response(event: TokenEvent) -> pb.DecodeResponse:
+    return pb.DecodeResponse(
+        index=event.index,
+        id=event.token.id,
+        logprob=event.token.logprob,
+        top_logprobs=[sampling_pb2.TokenLogprob(id=i, logprob=v) for i, v in event.token.top_logprobs],
+        finish_reason=_FINISH_REASONS[event.finish_reason],
+    )

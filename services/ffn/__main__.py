@@ -1,0 +1,69 @@
+"""Wiring of an FFN shard."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import grpc.aio
+import prometheus_client
+
+from afd.compute import loading_progress, prepare_torch
+from afd.config import FFNSettings
+from afd.handoff.handshake import topology
+from afd.model.checkpoint import Checkpoint
+from afd.model.weights import load_ffn_shard
+from afd.rpc import serving
+from afd.service import StopSignal, run_service
+from afd.state.connection import connect
+from afd.state.registry import Registry, Replica
+from afd.telemetry import serve_metrics
+from afd.v1 import ffn_pb2 as pb
+from afd.v1 import ffn_pb2_grpc
+from services.ffn.batcher import Batcher
+from services.ffn.metrics import FfnCollector
+from services.ffn.servicer import FfnServicer
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FfnService"].full_name
+
+
+async def serve(settings: FFNSettings, stop: StopSignal) -> None:
+    dtype, device = prepare_torch(settings)
+    checkpoint = Checkpoint(settings.model)
+    shard, num_shards = settings.shard
+    progress = loading_progress(f"FFN shard {shard}/{num_shards}")
+    ffn_shard = await asyncio.to_thread(load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress)
+    batcher = Batcher(ffn_shard, settings.max_frame_tokens)
+    batcher.start()
+    prometheus_client.REGISTRY.register(FfnCollector(batcher))
+    metrics_port = serve_metrics(settings.host, settings.metrics_port)
+    welcome = pb.Welcome(
+        replica_id=settings.replica_id,
+        topology=topology(checkpoint.config, checkpoint.fingerprint, dtype, shard, num_shards),
+        max_frame_tokens=settings.max_frame_tokens,
+    )
+    servicer = FfnServicer(batcher, welcome, dtype, device)
+
+    def add_services(server: grpc.aio.Server) -> None:
+        ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
+
+    async with (
+        connect(settings.redis) as redis,
+        serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port,
+    ):
+        replica = Replica(
+            role="ffn",
+            replica_id=settings.replica_id,
+            address=f"{settings.advertised_host}:{port}",
+            fingerprint=checkpoint.fingerprint,
+            pid=os.getpid(),
+            shard=settings.shard,
+            metrics_address=f"{settings.advertised_host}:{metrics_port}",
+        )
+        async with Registry(redis, settings.lease_s).registered(lambda: replica):
+            await stop.wait()
+    batcher.stop()
+
+
+if __name__ == "__main__":
+    run_service("ffn", FFNSettings, serve)

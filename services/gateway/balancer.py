@@ -1,0 +1,101 @@
+"""Picks the attention replica for a sequence: the one that has the fewest of this gateway's, among those alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc.aio
+
+from afd.errors import PeerUnavailable
+from afd.rpc import CHANNEL_OPTIONS
+from afd.state.registry import Registry, Replica
+from afd.v1 import attention_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class AttentionReplica:
+    """A replica with its channel, and how many sequences it has from here."""
+
+    replica: Replica
+    channel: grpc.aio.Channel
+    stub: attention_pb2_grpc.AttentionServiceAsyncStub
+    num_sequences: int = 0
+
+
+class Balancer:
+    def __init__(self, registry: Registry, config_digest: str) -> None:
+        self.registry = registry
+        self.config_digest = config_digest
+        self._replicas: dict[str, AttentionReplica] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._replicas)
+
+    @property
+    def max_context_tokens(self) -> int:
+        """What every replica can hold; 0 without any."""
+        return min((entry.replica.max_context_tokens for entry in self._replicas.values()), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        return next((entry.replica.fingerprint for entry in self._replicas.values()), "")
+
+    async def follow(self) -> None:
+        """Keeps up with the registry until cancelled."""
+        async for replicas in self.registry.watch("attention"):
+            current = {replica.replica_id: replica for replica in replicas if self._belongs(replica)}
+            for replica_id in self._replicas.keys() - current.keys():
+                gone = self._replicas.pop(replica_id)
+                log.info("attention replica %s is gone", replica_id)
+                if gone.num_sequences == 0:
+                    await gone.channel.close()
+            for replica_id in current.keys() - self._replicas.keys():
+                self._replicas[replica_id] = _connect(current[replica_id])
+                log.info("attention replica %s joined at %s", replica_id, current[replica_id].address)
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Raises PeerUnavailable if no attention replica shows up in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._replicas:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise PeerUnavailable(f"no attention replica of this model is registered, after {timeout_s:g} s") from None
+
+    @asynccontextmanager
+    async def picked(self) -> AsyncIterator[AttentionReplica]:
+        """The replica for one sequence, counted while the block runs. Raises PeerUnavailable if there is none."""
+        if not self._replicas:
+            raise PeerUnavailable("no attention replica is ready")
+        entry = min(self._replicas.values(), key=lambda entry: entry.num_sequences)
+        entry.num_sequences += 1
+        try:
+            yield entry
+        finally:
+            entry.num_sequences -= 1
+            if entry.num_sequences == 0 and entry not in self._replicas.values():
+                await entry.channel.close()
+
+    def _belongs(self, replica: Replica) -> bool:
+        digest = replica.fingerprint.partition("-")[0]
+        if digest != self.config_digest:
+            log.error(
+                "attention replica %s serves another model: its configuration is %s, this gateway's is %s",
+                replica.replica_id, digest, self.config_digest,
+            )  # fmt: skip
+        return digest == self.config_digest
+
+
+def _connect(replica: Replica) -> AttentionReplica:
+    channel = grpc.aio.insecure_channel(replica.address, options=CHANNEL_OPTIONS)
+    return AttentionReplica(replica, channel, attention_pb2_grpc.AttentionServiceStub(channel))

@@ -1,0 +1,41 @@
+"""What the gateway counts for Prometheus. The GenAI names are OpenTelemetry's semantic conventions."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import Counter, Histogram
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+TTFT = Histogram("gen_ai_server_time_to_first_token_seconds", "from admission to the first token", buckets=_BUCKETS)
+TPOT = Histogram("gen_ai_server_time_per_output_token_seconds", "mean time between a choice's tokens", buckets=_BUCKETS)
+DURATION = Histogram("gen_ai_server_request_duration_seconds", "from admission to the last token", buckets=_BUCKETS)
+REQUESTS = Counter("afd_requests", "requests that ended", ["status"])
+TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
+
+
+class RequestTimes:
+    """The times of one request, from its admission."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._start = time.perf_counter()
+        self._first: dict[int, float] = {}
+        self._last: dict[int, tuple[float, int]] = {}  # of each choice: when, and how many tokens so far
+
+    def token(self, choice: int) -> None:
+        now = time.perf_counter()
+        if not self._first:
+            TTFT.observe(now - self._start)
+        self._first.setdefault(choice, now)
+        self._last[choice] = now, self._last.get(choice, (now, 0))[1] + 1
+        self.num_tokens += 1
+
+    def end(self, status: str) -> None:
+        for choice, (last, num_tokens) in self._last.items():
+            if num_tokens > 1:
+                TPOT.observe((last - self._first[choice]) / (num_tokens - 1))
+        DURATION.observe(time.perf_counter() - self._start)
+        REQUESTS.labels(status).inc()
+        TOKENS.inc(self.num_tokens)

@@ -1,0 +1,272 @@
+"""The OpenAI HTTP API: completions and chat completions, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import prometheus_client
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound
+from services.gateway.generation import Generator
+from services.gateway.generation import Request as Admitted
+from services.gateway.openai_format import ChatFormat, CompletionFormat, Format, Part
+from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
+
+_MAX_PROMPTS = 256
+_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def make_app(generator: Generator, model_name: str, max_body_bytes: int) -> FastAPI:
+    """The application; `model_name` is the one model it serves."""
+    app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None)
+    created = int(time.time())
+    app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    app.add_exception_handler(AfdError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = generator.balancer.num_replicas > 0 and not generator.draining
+        return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(model_name, created, generator)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(name, model_name)
+        return _model(model_name, created, generator)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        _check_model(body.model, model_name)
+        return await _answer(generator, _admit_completion(generator, body), CompletionFormat(body, generator), request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        _check_model(body.model, model_name)
+        return await _answer(generator, [_admit_chat(generator, body)], ChatFormat(body, generator), request)
+
+    return app
+
+
+def _admit_completion(generator: Generator, body: CompletionBody) -> list[Admitted]:
+    prompts = body.prompts()
+    if not prompts:
+        raise InvalidRequest("the prompt is empty", "prompt")
+    if len(prompts) > _MAX_PROMPTS:
+        raise InvalidRequest(f"{len(prompts)} prompts are more than the {_MAX_PROMPTS} allowed in a request", "prompt")
+    params = body.sampling(body.max_tokens, body.logprobs or 0)
+    if body.best_of not in (None, params.n):
+        raise InvalidRequest("best_of other than n is not supported", "best_of")
+    admitted = []
+    for number, prompt in enumerate(prompts):
+        prompt_ids = generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        admitted.append(generator.admit(_request_id(body, number, len(prompts)), prompt_ids, params))
+    return admitted
+
+
+def _admit_chat(generator: Generator, body: ChatBody) -> Admitted:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    messages = [message.for_template() for message in body.messages]
+    prompt_ids = generator.tokenizer.encode_chat(messages, body.add_generation_prompt)
+    return generator.admit(body.request_id or "", prompt_ids, body.sampling(max_tokens, body.top_logprobs or 0))
+
+
+def _request_id(body: SamplingBody, number: int, num_prompts: int) -> str:
+    if not body.request_id:
+        return ""
+    return body.request_id if num_prompts == 1 else f"{body.request_id}-{number}"
+
+
+async def _answer(generator: Generator, admitted: list[Admitted], form: Format, request: Request) -> Response:
+    carrier = {"traceparent": request.headers["traceparent"]} if "traceparent" in request.headers else {}
+    parts = _parts(generator, admitted, carrier)
+    if not form.body.stream:
+        return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
+    first = await _unless_disconnected(request, anext(parts))  # a refusal is still a status, not an event
+    events = _events(_chain(first, parts), form, admitted)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[Part, None]:
+    """The tokens of all prompts as they come; the index of a choice counts prompts first, then their n choices."""
+    queue: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+
+    async def run(number: int, one: Admitted) -> None:
+        try:
+            async with contextlib.aclosing(generator.generate(one, carrier)) as tokens:
+                async for token in tokens:
+                    queue.put_nowait(Part(number * one.params.n + token.choice, token))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(run(number, one)) for number, one in enumerate(admitted)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for part in rest:
+            yield part
+
+
+async def _collect(parts: AsyncGenerator[Part, None], form: Format, admitted: list[Admitted]) -> dict[str, Any]:
+    async with contextlib.aclosing(parts):
+        return form.whole([part async for part in parts], admitted)
+
+
+async def _events(
+    parts: AsyncGenerator[Part, None], form: Format, admitted: list[Admitted]
+) -> AsyncGenerator[str, None]:
+    num_output = 0
+    try:
+        async with contextlib.aclosing(parts):
+            for chunk in form.opening(admitted):
+                yield _event(chunk)
+            async for part in parts:
+                num_output += 1
+                yield _event(form.chunk(part, admitted))
+        if form.body.stream_options and form.body.stream_options.include_usage:
+            yield _event(form.usage_chunk(admitted, num_output))
+        yield "data: [DONE]\n\n"
+    except AfdError as error:
+        yield _event(_error_body(error))
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of the work, which is cancelled if the client leaves first."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client left")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _model(name: str, created: int, generator: Generator) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "afd",
+        "max_model_len": generator.balancer.max_context_tokens,
+    }
+
+
+def _check_model(asked: str, served: str) -> None:
+    if asked != served:
+        raise NotFound(f"the model {asked!r} does not exist; this mesh serves {served!r}")
+
+
+def _error_body(error: AfdError) -> dict[str, Any]:
+    status = error.http_status
+    return {
+        "error": {
+            "message": str(error),
+            "type": _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+            "param": getattr(error, "param", None),
+            "code": error.grpc_code.lower(),
+        }
+    }
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AfdError)
+    return JSONResponse(_error_body(error), error.http_status)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"][1:] if problem["type"] != "json_invalid"]
+    name = path[0] if path else None
+    if problem["type"] == "json_invalid":
+        message = f"the body is not valid JSON: {problem['ctx']['error']}"
+    elif problem["type"] == "extra_forbidden":
+        message = f"no such parameter: {'.'.join(path)}"
+    elif problem["type"] == "missing":
+        message = f"{name or 'the JSON body'} is missing"
+    else:
+        message = f"{'.'.join(path) or 'the body'}: {problem['msg']}"
+    return JSONResponse(_error_body(InvalidRequest(message, name)), 400)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = {"message": f"{request.method} {request.url.path}: {error.detail}", "type": "invalid_request_error"}
+    return JSONResponse({"error": {**body, "param": None, "code": None}}, error.status_code, headers=error.headers)
+
+
+class _BodyLimit:
+    """Refuses a body over max_bytes before it is read whole, whatever its Content-Length says."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
+            return message
+
+        handle: Callable[[Scope, Receive, Send], Awaitable[None]] = self.app
+        try:
+            await handle(scope, limited, send)
+        except InvalidRequest as error:
+            await JSONResponse(_error_body(error), 400, headers={"Connection": "close"})(scope, receive, send)

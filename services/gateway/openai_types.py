@@ -1,0 +1,123 @@
+"""The requests of the OpenAI HTTP API, with vLLM's additions. An unknown field is refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from afd.errors import InvalidRequest
+from afd.model.sampling_params import SamplingParams
+
+Number = StrictFloat | StrictInt
+TokenId = StrictInt
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Body):
+    include_usage: StrictBool = False
+
+
+class SamplingBody(_Body):
+    """What completions and chat completions have in common."""
+
+    model: StrictStr
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    n: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: StrictInt | None = None
+    user: StrictStr | None = None
+    metadata: dict[str, Any] | None = None
+    # vLLM's additions
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    stop_token_ids: list[TokenId] | None = None
+    min_tokens: StrictInt = 0
+    ignore_eos: StrictBool = False
+    return_token_ids: StrictBool = False
+    request_id: StrictStr | None = None
+
+    def sampling(self, max_tokens: int | None, top_logprobs: int) -> SamplingParams:
+        """Temperature is 1 where none is given, as in OpenAI's API; top_k of 0 or -1 means none, as in vLLM."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_k=None if self.top_k in (0, -1) else self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=_logit_bias(self.logit_bias or {}),
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            n=1 if self.n is None else self.n,
+            top_logprobs=top_logprobs,
+        )
+
+
+class CompletionBody(SamplingBody):
+    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    max_tokens: StrictInt | None = 16
+    logprobs: StrictInt | None = None
+    echo: StrictBool = False
+    best_of: StrictInt | None = None
+    suffix: None = None
+
+    def prompts(self) -> list[str | list[TokenId]]:
+        """The prompts one by one: a text, a list of texts, token ids, or a list of lists of them."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        token_ids = [item for item in self.prompt if isinstance(item, int)]
+        return [token_ids] if token_ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")  # templates may use more fields, such as `name`
+
+    role: Annotated[StrictStr, Field(min_length=1)]
+    content: StrictStr | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content
+        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+        return {**self.model_dump(), "content": text}
+
+
+class TextFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatBody(SamplingBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    response_format: TextFormat | None = None
+    add_generation_prompt: StrictBool = True
+
+
+def _logit_bias(biases: dict[str, Any]) -> dict[int, float]:
+    try:
+        return {int(token_id): float(bias) for token_id, bias in biases.items()}
+    except ValueError:
+        raise InvalidRequest("logit_bias must map token ids to numbers", "logit_bias") from None

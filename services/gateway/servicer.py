@@ -1,0 +1,75 @@
+"""The gRPC face of the gateway: translates, and does not think."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from afd import rpc
+from afd.errors import InvalidRequest
+from afd.protocol import sampling_from_proto
+from afd.v1 import gateway_pb2 as pb
+from afd.v1 import gateway_pb2_grpc, sampling_pb2
+from services.gateway.generation import Generator, Token
+
+_FINISH_REASONS = {
+    None: sampling_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": sampling_pb2.FINISH_REASON_STOP,
+    "length": sampling_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
+    def __init__(self, generator: Generator, model_name: str) -> None:
+        self.generator = generator
+        self.model_name = model_name
+
+    async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> AsyncIterator[pb.GenerateResponse]:
+        async with rpc.aborting(context):
+            admitted = self.generator.admit(
+                request.request_id, self._prompt_ids(request), sampling_from_proto(request.sampling)
+            )
+            started = pb.Started(request_id=admitted.request_id, num_prompt_tokens=len(admitted.prompt_ids))
+            yield pb.GenerateResponse(started=started)
+            async with contextlib.aclosing(self.generator.generate(admitted, rpc.metadata_of(context))) as tokens:
+                async for token in tokens:
+                    yield pb.GenerateResponse(token=_token(token))
+
+    async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
+        return pb.CancelResponse(found=self.generator.cancel(request.request_id))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        config, balancer = self.generator.config, self.generator.balancer
+        return pb.GetModelResponse(
+            name=self.model_name,
+            fingerprint=balancer.fingerprint,
+            vocab_size=config.vocab_size,
+            max_context_tokens=balancer.max_context_tokens,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+    def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+        tokenizer = self.generator.tokenizer
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            return tokenizer.encode(request.text)
+        if kind == "token_ids":
+            return list(request.token_ids.ids)
+        if kind == "chat":
+            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            if not messages:
+                raise InvalidRequest("the chat has no messages", "chat")
+            return tokenizer.encode_chat(messages)
+        raise InvalidRequest("the request has no prompt", "prompt")
+
+
+def _token(token: Token) -> pb.GeneratedToken:
+    return pb.GeneratedToken(
+        choice=token.choice,
+        index=token.index,
+        id=token.id,
+        text=token.text,
+        logprob=token.logprob,
+        top_logprobs=[sampling_pb2.TokenLogprob(id=i, logprob=v) for i, v in token.top_logprobs],
+        finish_reason=_FINISH_REASONS[token.finish_reason],
+    )

@@ -1,0 +1,111 @@
+"""Text to token ids and back, by the model's own tokenizer.json and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers.decoders import DecodeStream
+
+from afd.errors import CheckpointError, InvalidRequest
+from afd.model.config import read_json
+
+
+class Tokenizer:
+    """A model without tokenizer.json can still be asked with token ids; its texts are then empty."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        config_path = model_dir / "tokenizer_config.json"
+        self._config = read_json(config_path) if config_path.exists() else {}
+        self._chat_template = _load_chat_template(model_dir, self._config)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds to one."""
+        return list(self._needed().encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, by the chat template, which writes the special tokens itself."""
+        if self._chat_template is None:
+            raise InvalidRequest("this model has no chat template; use a completion", "messages")
+        try:
+            text = self._chat_template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens()
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", "messages") from None
+        return list(self._needed().encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids))) if self._tokenizer else ""
+
+    def token_text(self, token_id: int) -> str:
+        """The token by itself, special tokens included, for log-probabilities."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False)) if self._tokenizer else ""
+
+    def stream(self) -> TextStream:
+        return TextStream(self, self._tokenizer)
+
+    def _needed(self) -> HuggingFaceTokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer.json; send token ids", "prompt")
+        return self._tokenizer
+
+    def _special_tokens(self) -> dict[str, str]:
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        tokens = {name: self._config.get(name) for name in names}
+        return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+
+
+class TextStream:
+    """Turns tokens into text one by one; a token that ends in the middle of a character gives nothing yet."""
+
+    def __init__(self, tokenizer: Tokenizer, backend: HuggingFaceTokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._num_chars = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        if self._backend is None:
+            return ""
+        self._ids.append(token_id)
+        text = self._decode.step(self._backend, token_id) or ""
+        self._num_chars += len(text)
+        return text
+
+    def rest(self) -> str:
+        """What is left at the end: an incomplete character, as the replacement character."""
+        return self._tokenizer.decode(self._ids)[self._num_chars :]
+
+
+def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        return HuggingFaceTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _load_chat_template(model_dir: Path, config: dict[str, Any]) -> jinja2.Template | None:
+    path = model_dir / "chat_template.jinja"
+    source = path.read_text() if path.exists() else config.get("chat_template")
+    if source is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise CheckpointError(f"the chat template in {model_dir} is not valid: {error}") from None
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
