@@ -84,7 +84,7 @@ async def _run_load(mesh: Mesh, load: Load, progress: Progress) -> Result:
     async with Client(mesh.gateway.address) as client:
         vocab_size = (await client.get_model()).vocab_size
         await _stream(client, Load(1, load.prompt_tokens, 2), vocab_size, 0, lambda: None)  # warm up
-        before = _counters(mesh)
+        before = counters(mesh)
         start = time.perf_counter()
 
         async def ask_repeatedly(number: int) -> list[list[float]]:
@@ -93,7 +93,7 @@ async def _run_load(mesh: Mesh, load: Load, progress: Progress) -> Result:
 
         streams = await asyncio.gather(*(ask_repeatedly(number) for number in range(load.streams)))
         seconds = time.perf_counter() - start
-        spent = _difference(_counters(mesh), before)
+        spent = _difference(counters(mesh), before)
     times = [request for stream in streams for request in stream]
     return _result(load, times, seconds, spent)
 
@@ -127,11 +127,11 @@ def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[st
     )
 
 
-def _counters(mesh: Mesh) -> dict[str, float]:
-    """The counters of all attention replicas, added up; a label's value behind a slash."""
+def counters(mesh: Mesh, index: int | None = None) -> dict[str, float]:
+    """The counters of one attention replica, or of all added up; a label's value stands behind a slash."""
     totals: dict[str, float] = {}
     for service in mesh.services:
-        if service.role == "attention" and service.replica:
+        if service.role == "attention" and service.replica and index in (None, service.index):
             with urllib.request.urlopen(
                 f"http://{service.replica.metrics_address}/metrics", timeout=_METRICS_TIMEOUT_S
             ) as answer:

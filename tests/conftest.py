@@ -1,0 +1,111 @@
+"""What several tests need: random checkpoints, their oracles, and meshes of real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from afd.mesh import Mesh, MeshOptions, running_mesh
+from afd.model.checkpoint import Checkpoint
+from afd.model.random_checkpoint import ModelSizes, make_checkpoint
+from afd.model.transformer import Transformer
+from afd.model.weights import load_all
+
+os.environ.setdefault("AFD_LOG_LEVEL", "warning")
+torch.set_num_threads(1)
+
+LOGPROB_BOUND = 1e-4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint on disk, and the oracle of it."""
+
+    path: Path
+    oracle: Transformer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.oracle.config.vocab_size
+
+    def prompt(self, length: int, seed: int) -> list[int]:
+        chooser = random.Random(seed)
+        return [chooser.randrange(2, self.vocab_size) for _ in range(length)]
+
+    @torch.inference_mode()
+    def check_greedy(self, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
+        """Asserts that the oracle, given the prompt, yields exactly these tokens one after the other."""
+        logits = self.oracle(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(dim=-1).tolist()
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=LOGPROB_BOUND)
+
+
+def odd_sizes(seed: int) -> ModelSizes:
+    """Sizes that no shard count divides, dense layers anywhere."""
+    chooser = random.Random(seed)
+    num_layers = chooser.randint(3, 5)
+    moe_layers = sorted(chooser.sample(range(num_layers), chooser.randint(1, num_layers - 1)))
+    num_experts = chooser.randint(3, 11)
+    return ModelSizes(
+        num_hidden_layers=num_layers,
+        hidden_size=chooser.randrange(30, 90),
+        num_attention_heads=chooser.choice([1, 3, 5, 7]),
+        head_dim=2 * chooser.randint(3, 13),
+        share_q_dim=chooser.randint(9, 61),
+        intermediate_size=chooser.randint(20, 111),
+        moe_num_experts=num_experts,
+        moe_top_k=chooser.randint(1, min(4, num_experts)),
+        moe_intermediate_size=chooser.randint(7, 41),
+        share_expert_dim=chooser.randint(1, 37),
+        moe_layers_enum=",".join(map(str, moe_layers)),
+        vocab_size=chooser.randint(300, 700),
+        max_seq_len=1024,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Model]:
+    """The random model of a seed; odd seeds are split over many files."""
+    made: dict[int, Model] = {}
+
+    def make(seed: int) -> Model:
+        if seed not in made:
+            path = tmp_path_factory.mktemp("checkpoints") / f"random-{seed}"
+            max_file_bytes = 60_000 if seed % 2 else 1 << 30
+            make_checkpoint(path, odd_sizes(seed), seed=seed, max_file_bytes=max_file_bytes)
+            checkpoint = Checkpoint(path)
+            made[seed] = Model(path, Transformer(checkpoint.config, load_all(checkpoint)))
+        return made[seed]
+
+    return make
+
+
+StartMesh = Callable[..., contextlib.AbstractContextManager[Mesh]]
+
+
+@pytest.fixture(scope="session")
+def start_mesh() -> StartMesh:
+    """Runs a mesh of real processes in float32; keyword arguments are settings, as in `num_kv_blocks=8`."""
+
+    @contextlib.contextmanager
+    def start(model: Path, attention: int = 1, ffn: int = 1, **settings: object) -> Iterator[Mesh]:
+        options = MeshOptions(
+            model=model,
+            attention=attention,
+            ffn=ffn,
+            dtype="float32",
+            threads=1,
+            settings={name: str(value) for name, value in settings.items()},
+        )
+        with running_mesh(options) as mesh:
+            yield mesh
+
+    return start
