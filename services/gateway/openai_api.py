@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
 
 import prometheus_client
@@ -23,6 +23,7 @@ from services.gateway.openai_format import ChatFormat, CompletionFormat, Format,
 from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
 
 _MAX_PROMPTS = 256
+_MAX_READ_AWAY = 8  # times the largest body
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -232,7 +233,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     elif problem["type"] == "extra_forbidden":
         message = f"no such parameter: {'.'.join(path)}"
     elif problem["type"] == "missing":
-        message = f"{name or 'the JSON body'} is missing"
+        message = f"{'.'.join(path) or 'the JSON body'} is missing"
     else:
         message = f"{'.'.join(path) or 'the body'}: {problem['msg']}"
     return JSONResponse(_error_body(InvalidRequest(message, name)), 400)
@@ -245,7 +246,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 class _BodyLimit:
-    """Refuses a body over max_bytes before it is read whole, whatever its Content-Length says."""
+    """Reads the body before the application sees it, and refuses one over max_bytes as soon as it is."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -255,18 +256,29 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        num_bytes = 0
-
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
-                raise InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
-            return message
-
-        handle: Callable[[Scope, Receive, Send], Awaitable[None]] = self.app
-        try:
-            await handle(scope, limited, send)
-        except InvalidRequest as error:
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        body = await self._read(receive) if int(announced) <= self.max_bytes else None
+        if body is None:
+            error = InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
             await JSONResponse(_error_body(error), 400, headers={"Connection": "close"})(scope, receive, send)
+            return
+        replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replayed() -> Message:
+            return replay.pop() if replay else await receive()
+
+        await self.app(scope, replayed, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; None where it is too large, whose rest is read away so that the client gets to hear of it."""
+        parts: list[bytes] = []
+        num_bytes = 0
+        more = True
+        while more and num_bytes <= _MAX_READ_AWAY * self.max_bytes:
+            message = await receive()
+            chunk = message.get("body", b"")
+            num_bytes += len(chunk)
+            more = message.get("more_body", False)
+            if num_bytes <= self.max_bytes:
+                parts.append(chunk)
+        return b"".join(parts) if num_bytes <= self.max_bytes else None
