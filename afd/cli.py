@@ -14,7 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -198,7 +197,7 @@ def bench(
 @app.command()
 def trace(
     file: Annotated[Path, typer.Argument(help="spans, as AFD_TRACE_FILE collects them")],
-    step: Annotated[str, typer.Option(help="which step: slowest, median, last or a number")] = "median",
+    step: Annotated[str, typer.Option(help="which: typical, slowest, median, last or a number")] = "typical",
     layers: Annotated[str | None, typer.Option(help="only these layers, like 0-3")] = None,
     svg: Annotated[Path | None, typer.Option(help="also write the picture to this file")] = None,
     chrome: Annotated[Path | None, typer.Option(help="also write all steps as Chrome/Perfetto JSON")] = None,
@@ -210,7 +209,7 @@ def trace(
     chosen = trace_view.pick(steps, step)
     console.print(trace_view.timeline(chosen, console.width, _layer_range(layers)))
     if svg:
-        _write(svg, trace_view.to_svg(chosen))
+        _write(svg, trace_view.to_svg(chosen, _layer_range(layers)))
     if chrome:
         _write_json(chrome, trace_view.to_chrome(steps))
 
@@ -297,14 +296,9 @@ def _write(path: Path, text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a known error is one sentence on stderr and exit status 1, a wrong option status 2."""
     try:
-        app(arguments, standalone_mode=False)
+        app(arguments)
     except AfdError as error:
         sys.exit(f"afd: {error}")
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from afd.model.transformer import Transformer
 from afd.model.weights import load_all
+from afd.state.embedded import embedded_redis
 
 os.environ.setdefault("AFD_LOG_LEVEL", "warning")
 torch.set_num_threads(1)
@@ -109,3 +111,10 @@ def start_mesh() -> StartMesh:
             yield mesh
 
     return start
+
+
+@pytest.fixture
+def real_redis(tmp_path: Path) -> Iterator[str]:
+    """URL of a redis-server of its own: the one on PATH, else the one that the embedded default carries."""
+    with embedded_redis(shutil.which("redis-server")) as url:
+        yield url

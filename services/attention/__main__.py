@@ -51,7 +51,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     num_blocks = settings.num_kv_blocks or _num_blocks(settings, checkpoint, dtype)
     cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
     max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
-    tracer = StepTracer()
+    tracer = StepTracer(settings.ffn_shards)
     loop = asyncio.get_running_loop()
 
     async with connect(settings.redis) as redis:

@@ -120,18 +120,18 @@ class Engine:
         try:
             self._step(chunks, timeline)
         except PeerUnavailable as error:
-            self._drop_frames()
+            self._abandon(error)
             self._recover(error)
         except AfdError as error:
-            self._drop_frames()
+            self._abandon(error)
             self._fail([chunk.sequence for chunk in chunks], error)
-        except Exception:
+        except Exception as error:
             log.exception("a step failed")
-            self._drop_frames()
+            self._abandon(error)
             self._fail([chunk.sequence for chunk in chunks], InternalError("the step failed; the log has the reason"))
 
     def _step(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
-        self.tracer.begin(chunks)
+        self.tracer.begin(chunks, timeline)
         with timeline.measure("schedule"):
             self._microbatches = self.builder.split(chunks, self.num_microbatches)
         self.num_in_flight = len(self._microbatches)
@@ -165,7 +165,9 @@ class Engine:
                 self.scheduler.remove(delivery.sequence)
         return deliveries
 
-    def _drop_frames(self) -> None:
+    def _abandon(self, error: Exception) -> None:
+        """Ends a step that failed: nothing of it is kept."""
+        self.tracer.fail(error)
         for batch in self._microbatches:
             self.decoder.ffn.drop(batch)
         self.num_in_flight = 0

@@ -14,20 +14,23 @@ from services.attention.timeline import StepTimeline
 
 
 class StepTracer:
-    def __init__(self) -> None:
+    def __init__(self, num_ffn_shards: int) -> None:
+        self.num_ffn_shards = num_ffn_shards  # 0: in this process
         self.traceparent = ""  # of the current step; empty unless it is sampled
         self._span: trace.Span = trace.INVALID_SPAN
         self._finished: queue.SimpleQueue[tuple[trace.Span, StepTimeline]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="step-tracer", daemon=True).start()
 
-    def begin(self, chunks: list[Chunk]) -> None:
+    def begin(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
         """Starts the step's span, linked to the requests that are in it."""
         requests = {chunk.sequence.key.request_id: chunk.sequence.span_context for chunk in chunks}
         self._span = tracer.start_span(
             "decode_step",
             context=trace.set_span_in_context(trace.INVALID_SPAN),
             links=[trace.Link(context) for context in requests.values() if context is not None and context.is_valid],
+            start_time=clock_ns(timeline.start_ns),
             attributes={
+                "afd.num_ffn_shards": self.num_ffn_shards,
                 "afd.num_sequences": len(chunks),
                 "afd.num_tokens": sum(chunk.num_tokens for chunk in chunks),
             },
@@ -39,6 +42,11 @@ class StepTracer:
             self._finished.put((self._span, timeline))
         else:
             self._span.end()
+
+    def fail(self, error: Exception) -> None:
+        """The step came to nothing."""
+        self._span.set_status(trace.StatusCode.ERROR, str(error))
+        self._span.end()
 
     def _run(self) -> None:
         while True:

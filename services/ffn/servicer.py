@@ -129,7 +129,8 @@ class _Stream:
     def _finish(self, frame: Frame, answer: FrameOutput | AfdError) -> None:
         self._answer(frame.frame_id, answer)
         if isinstance(answer, FrameOutput):
-            record_ffn_spans(frame, answer.queue_ns, answer.compute_ns, answer.num_batch_tokens)
+            shard = self.servicer.batcher.shard.shard
+            record_ffn_spans(frame, shard, answer.queue_ns, answer.compute_ns, answer.num_batch_tokens)
 
     def _answer(self, frame_id: int, answer: FrameOutput | AfdError) -> None:
         if isinstance(answer, FrameOutput):

@@ -1,0 +1,5 @@
+"""`python -m afd` is `afd`."""
+
+from afd.cli import main
+
+main()

@@ -1,0 +1,301 @@
+"""Reading recorded decode steps, and drawing them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console, RenderableType
+
+from afd.errors import ConfigError
+from afd.trace_view import Handoff, Interval, Part, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
+
+RECORDED = Path(__file__).parent / "data" / "decode_trace.jsonl"  # a prefill and a decode step; 5 layers, 2 shards
+MS = 1_000_000
+
+
+def did(part: Part, start: int, end: int, layer: int = -1, microbatch: int = -1) -> Interval:
+    """An interval; times in milliseconds."""
+    return Interval(part, layer, microbatch, start * MS, end * MS)
+
+
+def handed(shard: int, microbatch: int, sent: int, arrived: int, queue: int, compute: int, layer: int = 0) -> Handoff:
+    """A handoff; times in milliseconds."""
+    return Handoff(shard, layer, microbatch, sent * MS, arrived * MS, queue * MS, compute * MS)
+
+
+def step_of(
+    intervals: list[Interval],
+    handoffs: list[Handoff],
+    *,
+    duration: int = 100,
+    index: int = 0,
+    replica: str = "attention-0",
+    sequences: int = 2,
+    tokens: int = 2,
+) -> Step:
+    attributes = {"afd.num_sequences": sequences, "afd.num_tokens": tokens}
+    return Step(index, replica, index * MS, duration * MS, attributes, tuple(intervals), tuple(handoffs))
+
+
+def overlapped_step(**about: Any) -> Step:
+    """Two microbatches on two shards: shard 1 computes longest, and attention waits from 40 to 90 ms."""
+    return step_of(
+        [
+            did("attention", 0, 20, layer=0, microbatch=0),
+            did("attention", 20, 40, layer=0, microbatch=1),
+            did("waiting", 40, 60, layer=0, microbatch=0),
+            did("waiting", 60, 90, layer=0, microbatch=1),
+            did("lm_head", 90, 95),
+            did("sample", 95, 100),
+        ],
+        [
+            handed(0, 0, sent=20, arrived=60, queue=0, compute=20),
+            handed(0, 1, sent=40, arrived=80, queue=10, compute=10),
+            handed(1, 0, sent=20, arrived=50, queue=0, compute=10),
+            handed(1, 1, sent=40, arrived=90, queue=0, compute=30),
+        ],
+        **about,
+    )
+
+
+def collocated_step() -> Step:
+    return step_of(
+        [did("attention", 0, 40, layer=0, microbatch=0), did("waiting", 40, 100, layer=0, microbatch=0)],
+        [handed(0, 0, sent=40, arrived=100, queue=0, compute=60)],
+    )
+
+
+def deep_step(num_layers: int) -> Step:
+    times = [10 * layer for layer in range(num_layers)]
+    return step_of(
+        [did("attention", time, time + 6, layer=layer, microbatch=0) for layer, time in enumerate(times)]
+        + [did("waiting", time + 6, time + 10, layer=layer, microbatch=0) for layer, time in enumerate(times)],
+        [handed(0, 0, time + 6, time + 10, queue=0, compute=2, layer=layer) for layer, time in enumerate(times)],
+        duration=10 * num_layers,
+    )
+
+
+def printed(renderable: RenderableType, width: int) -> list[str]:
+    """As it comes out of a pipe: no colour."""
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(renderable)
+    return file.getvalue().splitlines()
+
+
+def lane(lines: list[str], name: str) -> str:
+    return next(line for line in lines if line.startswith(name))[len("attention  ") :]
+
+
+# --- Reading ---
+
+
+def test_a_recorded_file_gives_its_decode_steps() -> None:
+    prefill, decode = load_steps(RECORDED)
+    assert (prefill.num_tokens, decode.num_tokens) == (3, 1)
+    assert decode.replica == "attention-0"
+    assert (decode.num_layers, decode.num_microbatches, decode.num_shards) == (5, 1, 2)
+    assert len(decode.handoffs) == 10
+
+
+def test_all_of_a_recorded_step_lies_within_it() -> None:
+    for step in load_steps(RECORDED):
+        assert min(interval.start_ns for interval in step.intervals) == 0
+        assert max(interval.end_ns for interval in step.intervals) <= step.duration_ns
+        assert all(0 <= handoff.sent_ns < handoff.arrived_ns <= step.duration_ns for handoff in step.handoffs)
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    recorded = RECORDED.read_text()
+    path.write_text(recorded + recorded.splitlines()[0][:1000])
+    assert load_steps(path) == load_steps(RECORDED)
+
+
+@pytest.mark.parametrize("content", ["a log line\n", "[1, 2]\n", '{"resourceMetrics": []}\n'])
+def test_a_file_that_is_no_trace_is_refused_with_the_way_to_record_one(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"is not a trace.*AFD_TRACE_SAMPLE=1 AFD_TRACE_FILE="):
+        load_steps(path)
+
+
+def test_a_trace_without_decode_steps_is_refused_with_the_way_to_record_one(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(RECORDED.read_text().splitlines()[1] + "\n")  # an FFN's spans only
+    with pytest.raises(ConfigError, match=r"has no decode step.*AFD_TRACE_SAMPLE=1"):
+        load_steps(path)
+
+
+def test_a_missing_file_is_refused_with_the_way_to_record_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No such file.*AFD_TRACE_SAMPLE=1"):
+        load_steps(tmp_path / "trace.jsonl")
+
+
+# --- Where the FFN's times are placed ---
+
+
+def test_ffn_times_are_placed_inside_their_handoff() -> None:
+    phases = list(handed(0, 1, sent=40, arrived=80, queue=10, compute=10).phases)
+    assert phases == [
+        ("way", 40 * MS, 50 * MS),
+        ("queue", 50 * MS, 60 * MS),
+        ("compute", 60 * MS, 70 * MS),
+        ("way", 70 * MS, 80 * MS),
+    ]
+
+
+def test_ffn_times_that_exceed_their_handoff_are_cut_off() -> None:
+    phases = list(handed(0, 0, sent=10, arrived=20, queue=8, compute=8).phases)
+    assert phases[2] == ("compute", 18 * MS, 20 * MS)
+    assert all(10 * MS <= start <= end <= 20 * MS for _, start, end in phases)
+
+
+# --- Choosing a step ---
+
+
+def test_a_typical_step_is_a_full_one_that_only_decodes() -> None:
+    steps = [
+        overlapped_step(index=0, sequences=4, tokens=90, duration=300),
+        overlapped_step(index=1, sequences=4, tokens=4, duration=999),
+        overlapped_step(index=2, sequences=4, tokens=4, duration=101),
+        overlapped_step(index=3, sequences=4, tokens=4, duration=100),
+        overlapped_step(index=4, sequences=1, tokens=1, duration=100),
+    ]
+    assert pick(steps).index == 2
+    assert pick(steps, "slowest").index == 1
+    assert pick(steps, "last").index == 4
+    assert pick(steps, "median").duration_ns == 101 * MS
+    assert pick(steps, "3").index == 3
+
+
+def test_a_step_is_picked_even_if_all_of_them_prefill() -> None:
+    assert pick([overlapped_step(sequences=1, tokens=7)]).num_tokens == 7
+
+
+@pytest.mark.parametrize(("which", "message"), [("1", "no step 1; the trace has steps 0 to 0"), ("best", "typical")])
+def test_a_step_that_does_not_exist_is_refused(which: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pick([overlapped_step()], which)
+
+
+# --- The terminal ---
+
+
+def test_who_computes_and_who_waits_can_be_read_without_colour() -> None:
+    lines = printed(timeline(overlapped_step(), 111), 111)  # 100 columns of a millisecond each
+    assert lane(lines, "attention") == "A" * 20 + "B" * 20 + "·" * 50 + "h" * 5 + "t" * 5
+    assert lane(lines, "FFN 0/2") == "·" * 20 + "-" * 10 + "A" * 20 + "b" * 10 + "B" * 10 + "-" * 10 + "·" * 20
+
+
+def test_the_account_adds_up_to_the_step() -> None:
+    lines = printed(timeline(overlapped_step(), 100), 100)
+    words = [" ".join(line.split()) for line in lines]
+    for row in ("attention 40.0 ms 40 %", "waiting for the FFN 50.0 ms 50 %", "FFN computing 30.0 ms 30 %"):
+        assert any(line.startswith(row) for line in words), row
+    assert "attention 50 % 50 %" in words  # busy, bubble
+    assert "FFN 1/2 40 % 60 % 2 20.0 ms 0 20.0 ms" in words
+
+
+def test_the_verdict_says_who_waits_for_whom() -> None:
+    assert verdict(overlapped_step()) == (
+        "Attention waited 50 % of the step, mostly while the FFN computed; "
+        "FFN 0/2 answered last (1 of 2 times), FFN 1/2 computed longest (40 %)."
+    )
+
+
+def test_a_step_without_handoffs_can_be_drawn() -> None:
+    step = step_of([did("schedule", 0, 100)], [])
+    assert verdict(step) == "Nothing was handed to an FFN in the step."
+    assert printed(timeline(step, 80), 80)
+    assert to_svg(step)
+
+
+def test_a_collocated_step_has_no_bubbles() -> None:
+    lines = printed(timeline(collocated_step(), 111), 111)
+    assert lane(lines, "FFN") == "·" * 40 + "A" * 60
+    assert not any("bubble" in line for line in lines)
+    assert lines[-1] == "Collocated: attention took 40 % of the step and the FFN 60 %."
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_dozens_of_layers_fit_the_terminal(width: int) -> None:
+    lines = printed(timeline(deep_step(61), width), width)
+    assert all(len(line) <= width for line in lines)
+    assert any("--layers" in line for line in lines)
+    labels = next(line for line in lines if line.startswith("layer")).split()[1:]
+    assert labels[-1] == "60"
+    assert len(labels) >= 10
+
+
+def test_some_layers_can_be_drawn_alone() -> None:
+    lines = printed(timeline(deep_step(61), 111, range(10, 20)), 111)
+    assert "layers 10 to 19: 100 ms" in lines[0]
+    assert lane(lines, "attention").startswith("AAAAAA····AAAAAA····")
+    assert lines[-1].startswith("Attention waited 40 % of this part")
+
+
+def test_layers_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layers 0 to 60; asked for was 61-70"):
+        timeline(deep_step(61), 80, range(61, 71))
+
+
+def test_the_heading_names_the_replica_as_it_is_called() -> None:
+    step = overlapped_step(replica="rack[1]/<a&b>")
+    assert "rack[1]/<a&b>" in printed(timeline(step, 80), 80)[0]
+    assert "rack[1]/&lt;a&amp;b&gt;" in to_svg(step)
+
+
+# --- SVG ---
+
+
+@pytest.mark.parametrize("step", [overlapped_step(), collocated_step(), deep_step(61), load_steps(RECORDED)[1]])
+def test_the_svg_is_well_formed_and_needs_nothing_else(step: Step) -> None:
+    svg = to_svg(step)
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    assert "prefers-color-scheme: dark" in svg
+    assert "href" not in svg
+
+
+def test_the_svg_shows_every_computation_inside_the_picture() -> None:
+    root = ElementTree.fromstring(to_svg(overlapped_step()))
+    rects = [rect for rect in root.findall("{*}rect") if rect.find("{*}title") is not None]
+    titles = [rect.findtext("{*}title", "") for rect in rects]
+    assert titles.count("compute of layer 0, microbatch B: 30.0 ms") == 1
+    assert sum(title.startswith("compute") for title in titles) == 4
+    assert all(float(rect.get("x", -1)) + float(rect.get("width", 0)) <= 960 for rect in rects)
+
+
+# --- Chrome and Perfetto ---
+
+
+def test_chrome_gets_a_process_for_attention_and_for_every_shard() -> None:
+    events = to_chrome([overlapped_step()])["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert list(names.values()) == ["attention-0", "FFN 0/2", "FFN 1/2"]
+    computing = [event for event in events if event["name"] == "compute" and names[event["pid"]] == "FFN 1/2"]
+    assert [(event["ts"], event["dur"]) for event in computing] == [(30_000, 10_000), (50_000, 30_000)]
+    assert computing[1]["args"] == {"step": 0, "layer": 0, "microbatch": 1}
+
+
+def test_chrome_events_of_one_thread_never_overlap_halfway() -> None:
+    events = [event for event in to_chrome(load_steps(RECORDED))["traceEvents"] if event["ph"] == "X"]
+    for one, other in itertools.combinations(sorted(events, key=lambda event: event["ts"]), 2):
+        if (one["pid"], one["tid"]) == (other["pid"], other["tid"]):
+            end, other_end = one["ts"] + one["dur"], other["ts"] + other["dur"]
+            assert other["ts"] >= end - 0.001 or other_end <= end + 0.001
+
+
+def test_chrome_keeps_what_two_replicas_saw_apart() -> None:
+    steps = [overlapped_step(replica="attention-0"), overlapped_step(replica="attention-1", index=1)]
+    events = to_chrome(steps)["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert len(set(names)) == 6
+    assert "FFN 1/2 for attention-1" in names
+    assert json.loads(json.dumps(events)) == events
