@@ -19,7 +19,7 @@ from typing import Any
 from afd.config import refuse_unknown_variables
 from afd.errors import ConfigError
 from afd.model.checkpoint import Checkpoint
-from afd.processes import die_with_parent
+from afd.processes import start_child
 from afd.state.connection import connect, without_password
 from afd.state.embedded import embedded_redis
 from afd.state.registry import Registry, Replica, Role
@@ -74,13 +74,7 @@ class Service:
         environment = {**os.environ, **{f"AFD_{name.upper()}": str(value) for name, value in settings.items()}}
         # Threads that spin while they wait would take the core from the service that they wait for.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"services.{self.role}"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-            start_new_session=True,  # a Ctrl-C is for the parent, which stops the services in order
-        )
+        self.process = start_child([sys.executable, "-m", f"services.{self.role}"], environment)
 
     @property
     def alive(self) -> bool:

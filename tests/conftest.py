@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from afd.bench import counters
 from afd.mesh import Mesh, MeshOptions, running_mesh
 from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
@@ -88,6 +90,16 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Mode
         return made[seed]
 
     return make
+
+
+def wait_for_zero(mesh: Mesh, names: tuple[str, ...], timeout_s: float = 10.0) -> dict[str, float]:
+    """The counters once all are zero, or as they are when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        values = {name: counters(mesh)[name] for name in names}
+        if not any(values.values()) or time.monotonic() > deadline:
+            return values
+        time.sleep(0.05)
 
 
 StartMesh = Callable[..., contextlib.AbstractContextManager[Mesh]]

@@ -10,7 +10,7 @@ import pytest
 
 from afd import Client
 from afd.bench import counters
-from tests.conftest import Model, StartMesh
+from tests.conftest import Model, StartMesh, wait_for_zero
 
 TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (1, 2), (2, 3)]
 
@@ -43,9 +43,7 @@ def test_tokens_equal_the_oracle_on_every_topology(
         asyncio.run(ask_many(mesh.gateway.address, model, 32))
 
 
-def test_preempted_sequences_yield_the_same_tokens(
-    make_model: Callable[[int], Model], start_mesh: StartMesh
-) -> None:
+def test_preempted_sequences_yield_the_same_tokens(make_model: Callable[[int], Model], start_mesh: StartMesh) -> None:
     model = make_model(5)
     settings = {"num_kv_blocks": 40, "block_size": 4, "prefill_chunk_tokens": 32, "max_sequences": 16}
     with start_mesh(model.path, 1, 2, **settings) as mesh:
@@ -82,14 +80,3 @@ def test_clients_that_leave_free_everything(make_model: Callable[[int], Model], 
         generated = counters(mesh)["afd_generated_tokens"]
         assert generated < 64 * 200, "sequences went on after their clients had left"
         asyncio.run(ask_many(mesh.gateway.address, model, 4))
-
-
-def wait_for_zero(mesh, names: tuple[str, ...]) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    import time
-
-    deadline = time.monotonic() + 10
-    while True:
-        values = {name: counters(mesh)[name] for name in names}
-        if not any(values.values()) or time.monotonic() > deadline:
-            return values
-        time.sleep(0.05)

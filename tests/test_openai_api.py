@@ -13,7 +13,9 @@ import openai
 import pytest
 
 from afd import Client, SyncClient, Token
-from tests.conftest import Model, StartMesh
+from afd.bench import counters
+from afd.mesh import Mesh
+from tests.conftest import Model, StartMesh, wait_for_zero
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
@@ -30,6 +32,7 @@ class Api:
     grpc: str
     http: str
     client: openai.OpenAI
+    mesh: Mesh
 
     def sdk(self, prompt: str | list[int], **options: Any) -> list[Token]:
         with SyncClient(self.grpc) as client:
@@ -60,8 +63,8 @@ def api(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[A
     (model.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     with start_mesh(model.path, 1, 1) as mesh:
         http = mesh.ready_file()["http"]
-        client = openai.OpenAI(base_url=http + "/v1", api_key="none", max_retries=0)
-        yield Api(model, model.path.name, mesh.gateway.address, http, client)
+        client = openai.OpenAI(base_url=http + "/v1", api_key="none", max_retries=0, timeout=30)
+        yield Api(model, model.path.name, mesh.gateway.address, http, client, mesh)
 
 
 def text_of(tokens: list[Token]) -> str:
@@ -189,6 +192,21 @@ def test_stop_token_ends_the_answer_with_it(api: Api) -> None:
 def test_echo_gives_the_prompt_back(api: Api) -> None:
     plain = api.complete("Once", max_tokens=3).choices[0].text
     assert api.complete("Once", max_tokens=3, echo=True).choices[0].text == "Once" + plain
+
+
+def test_http_client_that_leaves_frees_everything(api: Api) -> None:
+    stream = api.complete("Once", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    impatient = api.client.with_options(timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.completions.create(
+            model=api.name, prompt="Once", max_tokens=900, n=4, extra_body={"ignore_eos": True}
+        )
+    before = counters(api.mesh)["afd_generated_tokens"]
+    names = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used")
+    assert wait_for_zero(api.mesh, names) == dict.fromkeys(names, 0)
+    assert counters(api.mesh)["afd_generated_tokens"] < before + 900
 
 
 def test_models_health_and_metrics(api: Api) -> None:

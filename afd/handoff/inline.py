@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 import torch
 
-from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable
+from afd.errors import AfdError, InternalError, InvalidRequest, Mismatch, PeerUnavailable
 from afd.handoff.frame import Frame, FrameOutput
 from afd.handoff.handshake import refuse_mismatch
 from afd.handoff.tensors import from_proto, to_proto
@@ -86,7 +86,8 @@ class InlineTransport:
             self._inbox.put(PeerUnavailable(f"the FFN at {self.address} ended the stream"))
         except grpc.RpcError as error:
             reason = to_error(error)
-            self._inbox.put(type(reason)(f"the FFN at {self.address}: {reason}"))
+            kind = Mismatch if isinstance(reason, Mismatch) else PeerUnavailable
+            self._inbox.put(kind(f"the FFN at {self.address}: {reason}"))
 
     def _next(self, deadline: float) -> _Arrival:
         try:

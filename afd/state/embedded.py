@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import redis
 
 from afd.errors import ConfigError
-from afd.processes import die_with_parent
+from afd.processes import start_child
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
@@ -36,14 +37,9 @@ def embedded_redis(binary: str | None = None) -> Iterator[str]:
     """Runs a redis-server that keeps nothing on disk; yields its unix:// URL, and leaves nothing behind."""
     directory = Path(tempfile.mkdtemp(prefix="afd-redis-"))
     socket_path = directory / "redis.sock"
-    process = subprocess.Popen(
-        [binary or redis_server_binary(), "--port", "0", "--unixsocket", str(socket_path), "--unixsocketperm", "700",
-         "--save", "", "--appendonly", "no", "--dir", str(directory)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
-        start_new_session=True,
-    )  # fmt: skip
+    options = {"port": "0", "unixsocket": str(socket_path), "unixsocketperm": "700", "save": "", "appendonly": "no"}
+    arguments = [part for name, value in {**options, "dir": str(directory)}.items() for part in (f"--{name}", value)]
+    process = start_child([binary or redis_server_binary(), *arguments], os.environ, quiet=True)
     try:
         _wait_until_ready(process, socket_path)
         yield f"unix://{socket_path}"

@@ -85,6 +85,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             reconnect=connector.connect,
             recovery_s=settings.ffn_recovery_s,
         )
+        await asyncio.to_thread(engine.warm_up)
         engine.start()
         prometheus_client.REGISTRY.register(AttentionCollector(engine))
         metrics_port = serve_metrics(settings.host, settings.metrics_port)

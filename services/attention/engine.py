@@ -14,6 +14,8 @@ import torch
 from afd.errors import AfdError, InternalError, PeerUnavailable
 from afd.handoff.frame import FFN
 from afd.model.sampler import sample
+from afd.model.sampling_params import SamplingParams
+from afd.state.requests import SequenceKey
 from services.attention.decoder import Decoder
 from services.attention.microbatch import Microbatch, MicrobatchBuilder
 from services.attention.scheduler import Chunk, Scheduler
@@ -73,6 +75,15 @@ class Engine:
         self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """One token through all layers before the first request, there and back: what is slow at first is not its.
+        Raises what a step raises."""
+        sequence = Sequence(SequenceKey("warm-up"), 0, [0], [], SamplingParams(), (), 1, block_table=[0])
+        batch = self.builder.build(0, [Chunk(sequence, 1)])
+        self.decoder.forward([batch], StepTimeline())
+        self.decoder.logits([batch])
 
     def start(self) -> None:
         self._thread.start()

@@ -1,0 +1,95 @@
+"""What is lost for a while does not cost tokens: the step is run again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from afd import Client, Token
+from afd.errors import PeerUnavailable
+from afd.mesh import Mesh, Service
+from tests.conftest import Model, StartMesh
+
+PROMPT = [5, 6, 7]
+
+
+async def generate(
+    mesh: Mesh, num_tokens: int, at_token: dict[int, Callable[[], Any]], prompt: list[int] | None = None
+) -> list[Token]:
+    """The tokens of a request, with things that happen while it runs."""
+    tokens = []
+    async with Client(mesh.gateway.address) as client:
+        async for token in client.generate(prompt or PROMPT, max_tokens=num_tokens, ignore_eos=True):
+            tokens.append(token)
+            if token.index in at_token:
+                at_token[token.index]()
+    return tokens
+
+
+def service(mesh: Mesh, name: str) -> Service:
+    return next(service for service in mesh.services if service.replica_id == name)
+
+
+def kill(mesh: Mesh, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+    process = service(mesh, name).process
+    assert process is not None
+    process.send_signal(number)
+    with contextlib.suppress(Exception):
+        process.wait(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_request_survives_a_lost_ffn_shard_that_comes_back(
+    make_model: Callable[[int], Model], start_mesh: StartMesh, number: signal.Signals
+) -> None:
+    model = make_model(4)
+    with start_mesh(model.path, 1, 2, lease_s=1) as mesh:
+
+        def lose_a_shard() -> None:
+            kill(mesh, "ffn-1", number)
+            mesh.watch()
+
+        tokens = asyncio.run(generate(mesh, 60, {20: lose_a_shard}))
+    model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+def test_ffn_shard_that_stays_away_ends_requests_with_a_sentence(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    with start_mesh(make_model(4).path, 1, 2, lease_s=1, ffn_recovery_s=1) as mesh:
+        with pytest.raises(PeerUnavailable, match="FFN shard 1/2"):
+            asyncio.run(generate(mesh, 500, {20: lambda: kill(mesh, "ffn-1")}))
+        mesh.watch()
+        model = make_model(4)
+        for _ in range(100):
+            try:
+                tokens = asyncio.run(generate(mesh, 5, {}))
+                break
+            except PeerUnavailable:
+                continue
+        model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+def test_lost_attention_replica_ends_its_requests_and_not_the_others(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    model = make_model(4)
+
+    async def run(mesh: Mesh) -> list[Any]:
+        one = generate(mesh, 150, {20: lambda: kill(mesh, "attention-0")})
+        other = generate(mesh, 150, {}, PROMPT[::-1])
+        return await asyncio.gather(one, other, return_exceptions=True)
+
+    with start_mesh(model.path, 2, 1, lease_s=1) as mesh:
+        results = asyncio.run(run(mesh))
+        lost = [result for result in results if isinstance(result, PeerUnavailable)]
+        assert len(lost) == 1
+        tokens = next(result for result in results if not isinstance(result, Exception))
+        prompt = PROMPT if results[1] is lost[0] else PROMPT[::-1]
+        model.check_greedy(prompt, [token.id for token in tokens], [token.logprob for token in tokens])
+        assert len(asyncio.run(generate(mesh, 5, {}))) == 5
