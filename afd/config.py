@@ -51,7 +51,7 @@ class ServiceSettings(BaseSettings):
     startup_timeout_s: Seconds = Field(120.0, description="longest wait at the start for the parts this one needs")
     drain_timeout_s: Seconds = Field(30.0, description="longest wait at the stop for requests to end")
     journal_ttl_s: Seconds = Field(600.0, description="how long a request's record is kept after its last write")
-    trace_sample: Fraction = Field(0.0, description="share of requests and decode steps that are traced")
+    trace_sample: Fraction = Field(0.01, description="share of requests and of decode steps that are traced")
     trace_file: Path | None = Field(None, description="append spans to this file, one OTLP JSON object a line")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
 

@@ -1,0 +1,186 @@
+"""The engine in this process, over an FFN that can be made to fail, wait and remember."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from afd.errors import InternalError, PeerUnavailable
+from afd.handoff.local import LocalFFN
+from afd.model.checkpoint import Checkpoint
+from afd.model.mfa import KVCache
+from afd.model.sampling_params import SamplingParams
+from afd.model.weights import load_attention, load_ffn_shard
+from afd.state.requests import SequenceKey
+from services.attention.block_manager import BlockManager
+from services.attention.decoder import Decoder
+from services.attention.engine import Delivery, Engine
+from services.attention.microbatch import MicrobatchBuilder
+from services.attention.scheduler import Scheduler
+from services.attention.sequence import Sequence, TokenEvent
+from services.attention.step_tracer import StepTracer
+from tests.conftest import Model
+
+CPU = torch.device("cpu")
+NUM_BLOCKS, BLOCK_SIZE = 64, 4
+
+
+class TestFFN(LocalFFN):
+    """The whole FFN, with something that happens at each receive."""
+
+    __test__ = False
+
+    def __init__(self, local: LocalFFN) -> None:
+        super().__init__(local.shard)
+        self.before_receive: Callable[[], None] = lambda: None
+        self.num_dropped = 0
+
+    def receive(self, batch: Any) -> Tensor:
+        self.before_receive()
+        return super().receive(batch)
+
+    def drop(self, batch: Any) -> None:
+        self.num_dropped += batch.slot in self._pending
+        super().drop(batch)
+
+
+@dataclass
+class Harness:
+    model: Model
+    engine: Engine
+    ffn: TestFFN
+    events: dict[Sequence, list[Any]] = field(default_factory=dict)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def deliver(self, deliveries: list[Delivery]) -> None:
+        with self.changed:
+            for delivery in deliveries:
+                self.events[delivery.sequence].append(delivery.event)
+            self.changed.notify_all()
+
+    def submit(self, prompt: list[int], max_tokens: int) -> Sequence:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        sequence = Sequence(SequenceKey("r", len(self.events)), 1, prompt, [], params, (), NUM_BLOCKS * BLOCK_SIZE)
+        self.events[sequence] = []
+        self.engine.submit(sequence)
+        return sequence
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=20)
+
+    def tokens(self, sequence: Sequence) -> list[int]:
+        self.wait(lambda: bool(self.events[sequence]) and getattr(self.events[sequence][-1], "finish_reason", True))
+        assert all(isinstance(event, TokenEvent) for event in self.events[sequence]), self.events[sequence]
+        return [event.token.id for event in self.events[sequence]]
+
+    def check(self, sequence: Sequence) -> None:
+        tokens = self.tokens(sequence)
+        logprobs = [event.token.logprob for event in self.events[sequence]]
+        self.model.check_greedy(sequence.prompt_ids, tokens, logprobs)
+
+    @property
+    def num_used(self) -> int:
+        return self.engine.scheduler.blocks.num_used
+
+
+@pytest.fixture
+def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
+    model = make_model(4)
+    checkpoint = Checkpoint(model.path)
+    config = checkpoint.config
+
+    def silent(done: int, total: int) -> None:
+        pass
+
+    stack = load_attention(checkpoint, torch.float32, CPU, silent)
+    ffn = TestFFN(LocalFFN(load_ffn_shard(checkpoint, 0, 1, torch.float32, CPU, silent)))
+    cache = KVCache.allocate(config.num_layers, NUM_BLOCKS * BLOCK_SIZE, config.head_dim, torch.float32, CPU)
+    harness: Harness
+
+    def deliver(deliveries: list[Delivery]) -> None:
+        harness.deliver(deliveries)
+
+    def reconnect() -> TestFFN:
+        ffn.before_receive = lambda: None
+        return ffn
+
+    engine = Engine(
+        decoder=Decoder(stack, cache, ffn),
+        scheduler=Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), max_sequences=8, prefill_chunk_tokens=16),
+        builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, CPU),
+        num_microbatches=2,
+        tracer=StepTracer(0),
+        deliver=deliver,
+        reconnect=reconnect,
+        recovery_s=1.0,
+    )
+    harness = Harness(model, engine, ffn)
+    engine.warm_up()
+    engine.start()
+    yield harness
+    engine.stop()
+
+
+def raising(error: Exception, after: int) -> Callable[[], None]:
+    """Raises at the receive number `after`."""
+    count = iter(range(after + 1))
+
+    def before_receive() -> None:
+        if next(count) == after:
+            raise error
+
+    return before_receive
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
+def test_step_that_lost_its_ffn_is_run_again_with_the_same_tokens(harness: Harness, after: int) -> None:
+    harness.ffn.before_receive = raising(PeerUnavailable("gone"), after)
+    sequences = [harness.submit(harness.model.prompt(length, length), 12) for length in (3, 30, 7)]
+    for sequence in sequences:
+        harness.check(sequence)
+    assert harness.num_used == 0
+
+
+def test_sequences_of_a_failed_step_end_with_an_error_and_the_engine_goes_on(harness: Harness) -> None:
+    harness.ffn.before_receive = raising(RuntimeError("broken"), 3)
+    failed = harness.submit(harness.model.prompt(5, 1), 50)
+    harness.wait(lambda: bool(harness.events[failed]) and isinstance(harness.events[failed][-1], InternalError))
+    harness.ffn.before_receive = lambda: None
+    harness.check(harness.submit(harness.model.prompt(5, 2), 10))
+    assert harness.num_used == 0
+
+
+def test_cancelled_sequence_leaves_the_step_it_is_in_and_its_frames_are_dropped(harness: Harness) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        assert go_on.wait(10)
+
+    harness.ffn.before_receive = hold
+    cancelled = harness.submit(harness.model.prompt(40, 1), 50)
+    assert reached.wait(10)
+    harness.engine.cancel(cancelled)
+    harness.ffn.before_receive = lambda: None
+    go_on.set()
+    other = harness.submit(harness.model.prompt(5, 2), 10)
+    harness.check(other)
+    assert harness.ffn.num_dropped == 1
+    assert harness.events[cancelled] == []
+    assert harness.num_used == 0
+
+
+def test_neighbours_of_a_cancelled_sequence_are_not_disturbed(harness: Harness) -> None:
+    sequences = [harness.submit(harness.model.prompt(length, length), 30) for length in (3, 20, 9, 33)]
+    harness.wait(lambda: len(harness.events[sequences[1]]) > 3)
+    harness.engine.cancel(sequences[1])
+    for sequence in (sequences[0], *sequences[2:]):
+        harness.check(sequence)
+    assert harness.num_used == 0

@@ -1,0 +1,185 @@
+"""The gRPC contract: health and reflection on every service, and the gateway's calls with their statuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from afd import Client, SyncClient
+from afd.errors import Cancelled, InvalidRequest
+from afd.mesh import Mesh
+from afd.v1 import (
+    attention_pb2,
+    attention_pb2_grpc,
+    ffn_pb2,
+    ffn_pb2_grpc,
+    gateway_pb2,
+    gateway_pb2_grpc,
+    sampling_pb2,
+)
+from tests.conftest import Model, StartMesh
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[[int], Model]) -> Model:
+    return make_model(6)
+
+
+@pytest.fixture(scope="module")
+def mesh(model: Model, start_mesh: StartMesh) -> Iterator[Mesh]:
+    with start_mesh(model.path, 1, 1) as mesh:
+        yield mesh
+
+
+def addresses(mesh: Mesh) -> dict[str, str]:
+    return {service.role: service.replica.address for service in mesh.services if service.replica}
+
+
+@pytest.mark.parametrize("role", ["gateway", "attention", "ffn"])
+def test_every_service_has_health_and_reflection(mesh: Mesh, role: str) -> None:
+    name = f"afd.v1.{role.capitalize()}Service"
+    with grpc.insecure_channel(addresses(mesh)[role]) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for service in ("", name):
+            assert check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == 1
+        assert name in ProtoReflectionDescriptorDatabase(channel).get_services()
+
+
+def test_loads_are_told(mesh: Mesh) -> None:
+    with grpc.insecure_channel(addresses(mesh)["attention"]) as channel:
+        load = attention_pb2_grpc.AttentionServiceStub(channel).GetLoad(attention_pb2.GetLoadRequest(), timeout=5)
+        assert (load.num_running, load.num_kv_blocks_used, load.num_frames_in_flight) == (0, 0, 0)
+        assert load.num_kv_blocks > 0
+    with grpc.insecure_channel(addresses(mesh)["ffn"]) as channel:
+        ffn = ffn_pb2_grpc.FfnServiceStub(channel).GetFfnLoad(ffn_pb2.GetFfnLoadRequest(), timeout=5)
+        assert (ffn.num_streams, ffn.num_frames_queued) == (1, 0)
+
+
+def generate_request(**sampling: Any) -> gateway_pb2.GenerateRequest:
+    return gateway_pb2.GenerateRequest(
+        token_ids=gateway_pb2.TokenIds(ids=[5, 6]), sampling=sampling_pb2.SamplingParams(**sampling)
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_message", "words"),
+    [
+        (gateway_pb2.GenerateRequest(), "no prompt"),
+        (gateway_pb2.GenerateRequest(text=""), "empty"),
+        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()), "empty"),
+        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[2**32 - 1])), "outside the vocabulary"),
+        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 5000)), "context"),
+        (gateway_pb2.GenerateRequest(chat=gateway_pb2.Chat()), "no messages"),
+        (gateway_pb2.GenerateRequest(text="x", request_id="y" * 500), "request_id"),
+        (generate_request(temperature=float("nan")), "temperature"),
+        (generate_request(temperature=-1), "temperature"),
+        (generate_request(top_p=float("inf")), "top_p"),
+        (generate_request(top_k=0), "top_k"),
+        (generate_request(max_tokens=0), "max_tokens"),
+        (generate_request(max_tokens=4_000_000_000), "max_tokens"),
+        (generate_request(min_tokens=4_000_000_000), "min_tokens"),
+        (generate_request(n=1000), "n must be"),
+        (generate_request(top_logprobs=500), "top_logprobs"),
+        (generate_request(logit_bias={10**6: 1.0}), "logit_bias"),
+        (generate_request(logit_bias={3: float("nan")}), "logit_bias"),
+        (generate_request(stop=[""]), "stop"),
+        (generate_request(stop_token_ids=[10**6]), "stop_token_ids"),
+    ],
+)
+def test_bad_request_is_invalid_argument_with_a_sentence(mesh: Mesh, request_message: Any, words: str) -> None:
+    with grpc.insecure_channel(mesh.gateway.address) as channel:
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request_message, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in caught.value.details()
+
+
+@pytest.mark.parametrize(
+    "request_message",
+    [
+        attention_pb2.DecodeRequest(),
+        attention_pb2.DecodeRequest(token_ids=[10**6]),
+        attention_pb2.DecodeRequest(token_ids=[5], num_generated=1),
+        attention_pb2.DecodeRequest(token_ids=[5] * 5000),
+        attention_pb2.DecodeRequest(token_ids=[5], sampling=sampling_pb2.SamplingParams(temperature=-1)),
+    ],
+)
+def test_attention_does_not_trust_the_gateway(mesh: Mesh, request_message: Any) -> None:
+    with grpc.insecure_channel(addresses(mesh)["attention"]) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(attention_pb2_grpc.AttentionServiceStub(channel).Decode(request_message, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_bytes_that_are_no_message_do_not_harm_the_service(mesh: Mesh) -> None:
+    with grpc.insecure_channel(mesh.gateway.address) as channel:
+        call = channel.unary_stream("/afd.v1.GatewayService/Generate")
+        with pytest.raises(grpc.RpcError):
+            list(call(b"\xff\xff\xff\xff", timeout=5))
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        assert len(list(stub.Generate(generate_request(max_tokens=3, ignore_eos=True), timeout=10))) == 4
+
+
+def test_request_is_cancelled_by_its_id(mesh: Mesh) -> None:
+    async def run() -> None:
+        async with Client(mesh.gateway.address) as client:
+            assert not await client.cancel("nobody")
+            stream = client.generate([5, 6], request_id="mine", max_tokens=900, ignore_eos=True)
+            await anext(stream)
+            assert stream.request_id == "mine"
+            with pytest.raises(InvalidRequest, match="already running"):
+                await anext(client.generate([5], request_id="mine"))
+            assert await client.cancel("mine")
+            with pytest.raises(Cancelled):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(run())
+
+
+def test_model_is_described(mesh: Mesh, model: Model) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        described = client.get_model()
+    assert (described.name, described.vocab_size) == (model.path.name, model.vocab_size)
+    assert described.max_context_tokens == model.oracle.config.max_context_tokens
+
+
+def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        bad: list[tuple[Any, dict[str, Any], str]] = [
+            ([-1], {}, "prompt"),
+            (["x"], {}, "prompt"),
+            ("x", {"max_tokens": "many"}, "sampling parameter"),
+            ("x", {"temprature": 1}, "no such parameter: temprature"),
+        ]
+        for prompt, options, words in bad:
+            with pytest.raises(InvalidRequest, match=words):
+                list(client.generate(prompt, **options))
+
+
+def test_choices_come_each_with_its_own_end(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        options = {"n": 3, "max_tokens": 5, "temperature": 2.0, "seed": 1, "ignore_eos": True}
+        tokens = list(client.generate([5, 6], **options))  # type: ignore[arg-type]
+    for choice in range(3):
+        own = [token for token in tokens if token.choice == choice]
+        assert [token.index for token in own] == [0, 1, 2, 3, 4]
+        assert own[-1].finish_reason == "length"
+
+
+def test_sync_client_that_leaves_the_loop_cancels(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        for token in client.generate([5, 6], max_tokens=900, ignore_eos=True, request_id="left"):
+            if token.index == 3:
+                break
+        for _ in range(100):
+            if not client.cancel("left"):
+                break
+        assert not client.cancel("left")
