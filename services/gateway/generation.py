@@ -8,10 +8,10 @@ import hashlib
 import logging
 import secrets
 import struct
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import grpc.aio
 from opentelemetry import trace
@@ -25,6 +25,7 @@ from afd.state.requests import RequestRecord, RequestStore, SequenceKey, Status
 from afd.v1 import attention_pb2, sampling_pb2
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
+from services.gateway.merge import merged
 from services.gateway.stop_strings import StopStrings
 from services.gateway.tokenizer import Tokenizer
 
@@ -134,7 +135,8 @@ class Generator:
         })  # fmt: skip
         observed = metrics.RequestTimes()
         try:
-            async with contextlib.aclosing(self._merged(request, cancelled, span)) as tokens:
+            choices = [self._choice(request, choice, span) for choice in range(request.params.n)]
+            async with contextlib.aclosing(merged(choices, self._limits(request, cancelled))) as tokens:
                 async for token in tokens:
                     observed.token(token.choice)
                     yield token
@@ -147,45 +149,13 @@ class Generator:
             span.set_attribute("gen_ai.usage.output_tokens", observed.num_tokens)
             span.end()
 
-    async def _merged(
-        self, request: Request, cancelled: asyncio.Event, span: trace.Span
-    ) -> AsyncGenerator[Token, None]:
-        """All choices' tokens through one queue, until all have ended."""
-        queue: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
-        deadline = time.monotonic() + self.timeout_s
-
-        async def run(choice: int) -> None:
-            try:
-                async for token in self._choice(request, choice, span):
-                    queue.put_nowait(token)
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        async def watch_cancel() -> None:
-            await cancelled.wait()
-            queue.put_nowait(Cancelled(f"request {request.request_id} was cancelled"))
-
-        num_open = request.params.n
-        tasks = [asyncio.create_task(run(choice)) for choice in range(num_open)]
-        tasks.append(asyncio.create_task(watch_cancel()))
+    async def _limits(self, request: Request, cancelled: asyncio.Event) -> NoReturn:
+        """Ends the request when it is cancelled or takes too long."""
         try:
-            while num_open:
-                try:
-                    async with asyncio.timeout(deadline - time.monotonic()):
-                        item = await queue.get()
-                except TimeoutError:
-                    raise DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s") from None
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    num_open -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait_for(cancelled.wait(), self.timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s") from None
+        raise Cancelled(f"request {request.request_id} was cancelled")
 
     async def _choice(self, request: Request, choice: int, span: trace.Span) -> AsyncGenerator[Token, None]:
         """The tokens of one choice from one attention replica."""

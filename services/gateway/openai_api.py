@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound
 from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
+from services.gateway.merge import merged
 from services.gateway.openai_format import ChatFormat, CompletionFormat, Format, Part
 from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
 
@@ -108,34 +109,15 @@ async def _answer(generator: Generator, admitted: list[Admitted], form: Format, 
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[Part, None]:
+def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[Part, None]:
     """The tokens of all prompts as they come; the index of a choice counts prompts first, then their n choices."""
-    queue: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
 
-    async def run(number: int, one: Admitted) -> None:
-        try:
-            async with contextlib.aclosing(generator.generate(one, carrier)) as tokens:
-                async for token in tokens:
-                    queue.put_nowait(Part(number * one.params.n + token.choice, token))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
+    async def numbered(number: int, one: Admitted) -> AsyncGenerator[Part, None]:
+        async with contextlib.aclosing(generator.generate(one, carrier)) as tokens:
+            async for token in tokens:
+                yield Part(number * one.params.n + token.choice, token)
 
-    tasks = [asyncio.create_task(run(number, one)) for number, one in enumerate(admitted)]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return merged([numbered(number, one) for number, one in enumerate(admitted)])
 
 
 async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
