@@ -75,6 +75,7 @@ def generate_request(**sampling: Any) -> gateway_pb2.GenerateRequest:
         (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()), "empty"),
         (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[2**32 - 1])), "outside the vocabulary"),
         (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 5000)), "context"),
+        (gateway_pb2.GenerateRequest(text="x" * (9 << 20)), "larger than"),
         (gateway_pb2.GenerateRequest(chat=gateway_pb2.Chat()), "no messages"),
         (gateway_pb2.GenerateRequest(text="x", request_id="y" * 500), "request_id"),
         (generate_request(temperature=float("nan")), "temperature"),

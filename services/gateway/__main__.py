@@ -41,7 +41,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
         generator = Generator(config, tokenizer, balancer, store, settings.request_timeout_s)
-        servicer = GatewayServicer(generator, model_name)
+        servicer = GatewayServicer(generator, model_name, settings.max_body_bytes)
         app = make_app(generator, model_name, settings.max_body_bytes)
 
         def add_services(server: grpc.aio.Server) -> None:

@@ -58,17 +58,19 @@ def make_app(generator: Generator, model_name: str, max_body_bytes: int) -> Fast
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        return await _answer(generator, _admit_completion(generator, body), CompletionFormat(body, generator), request)
+        return await _answer(
+            generator, await _admit_completion(generator, body), CompletionFormat(body, generator), request
+        )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        return await _answer(generator, [_admit_chat(generator, body)], ChatFormat(body, generator), request)
+        return await _answer(generator, [await _admit_chat(generator, body)], ChatFormat(body, generator), request)
 
     return app
 
 
-def _admit_completion(generator: Generator, body: CompletionBody) -> list[Admitted]:
+async def _admit_completion(generator: Generator, body: CompletionBody) -> list[Admitted]:
     prompts = body.prompts()
     if not prompts:
         raise InvalidRequest("the prompt is empty", "prompt")
@@ -79,17 +81,17 @@ def _admit_completion(generator: Generator, body: CompletionBody) -> list[Admitt
         raise InvalidRequest("best_of other than n is not supported", "best_of")
     admitted = []
     for number, prompt in enumerate(prompts):
-        prompt_ids = generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        prompt_ids = await generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         admitted.append(generator.admit(_request_id(body, number, len(prompts)), prompt_ids, params))
     return admitted
 
 
-def _admit_chat(generator: Generator, body: ChatBody) -> Admitted:
+async def _admit_chat(generator: Generator, body: ChatBody) -> Admitted:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.for_template() for message in body.messages]
-    prompt_ids = generator.tokenizer.encode_chat(messages, body.add_generation_prompt)
+    prompt_ids = await generator.tokenizer.encode_chat(messages, body.add_generation_prompt)
     return generator.admit(body.request_id or "", prompt_ids, body.sampling(max_tokens, body.top_logprobs or 0))
 
 
@@ -217,7 +219,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     elif problem["type"] == "missing":
         message = f"{'.'.join(path) or 'the JSON body'} is missing"
     else:
-        message = f"{'.'.join(path) or 'the body'}: {problem['msg']}"
+        message = f"{'.'.join(path) or 'the body'}: {problem['msg'].removeprefix('Value error, ')}"
     return JSONResponse(_error_body(InvalidRequest(message, name)), 400)
 
 

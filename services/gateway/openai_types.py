@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from afd.errors import InvalidRequest
 from afd.model.sampling_params import SamplingParams
 
 Number = StrictFloat | StrictInt
 TokenId = StrictInt
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_prompt(value: Any) -> Any:
+    """By hand: of a list with a million wrong items pydantic would make a million errors."""
+    items = value if isinstance(value, list) else [value]
+    if all(type(item) is str for item in items) or (value is items and _are_ids(items)):
+        return value
+    if value is items and all(type(item) is list and _are_ids(item) for item in items):
+        return value
+    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
 
 
 class _Body(BaseModel):
@@ -70,7 +85,7 @@ class SamplingBody(_Body):
 
 
 class CompletionBody(SamplingBody):
-    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    prompt: Annotated[Prompt, PlainValidator(_check_prompt)]
     max_tokens: StrictInt | None = 16
     logprobs: StrictInt | None = None
     echo: StrictBool = False

@@ -20,14 +20,15 @@ _FINISH_REASONS = {
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, generator: Generator, model_name: str) -> None:
+    def __init__(self, generator: Generator, model_name: str, max_request_bytes: int) -> None:
         self.generator = generator
         self.model_name = model_name
+        self.max_request_bytes = max_request_bytes
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> AsyncIterator[pb.GenerateResponse]:
         async with rpc.aborting(context):
             admitted = self.generator.admit(
-                request.request_id, self._prompt_ids(request), sampling_from_proto(request.sampling)
+                request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
             started = pb.Started(request_id=admitted.request_id, num_prompt_tokens=len(admitted.prompt_ids))
             yield pb.GenerateResponse(started=started)
@@ -48,18 +49,20 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             eos_token_ids=config.eos_token_ids,
         )
 
-    def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+    async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
+        if request.ByteSize() > self.max_request_bytes:
+            raise InvalidRequest(f"the request is larger than the {self.max_request_bytes} bytes allowed")
         tokenizer = self.generator.tokenizer
         kind = request.WhichOneof("prompt")
         if kind == "text":
-            return tokenizer.encode(request.text)
+            return await tokenizer.encode(request.text)
         if kind == "token_ids":
             return list(request.token_ids.ids)
         if kind == "chat":
             messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
             if not messages:
                 raise InvalidRequest("the chat has no messages", "chat")
-            return tokenizer.encode_chat(messages)
+            return await tokenizer.encode_chat(messages)
         raise InvalidRequest("the request has no prompt", "prompt")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tokenizers.decoders import DecodeStream
 from afd.errors import CheckpointError, InvalidRequest
 from afd.model.config import read_json
 
+_LONG_TEXT = 10_000  # characters: a few milliseconds
+
 
 class Tokenizer:
     """A model without tokenizer.json can still be asked with token ids; its texts are then empty."""
@@ -24,11 +27,11 @@ class Tokenizer:
         self._config = read_json(config_path) if config_path.exists() else {}
         self._chat_template = _load_chat_template(model_dir, self._config)
 
-    def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds to one."""
-        return list(self._needed().encode(text).ids)
+        return await self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    async def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, by the chat template, which writes the special tokens itself."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use a completion", "messages")
@@ -38,7 +41,7 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", "messages") from None
-        return list(self._needed().encode(text, add_special_tokens=False).ids)
+        return await self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids))) if self._tokenizer else ""
@@ -49,6 +52,18 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         return TextStream(self, self._tokenizer)
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """A long text is encoded on another thread, so that the streams of others go on meanwhile."""
+        backend = self._needed()
+        if len(text) < _LONG_TEXT:
+            return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+        def encode() -> list[int]:
+            # Unlike encode, encode_batch lets other threads run.
+            return list(backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+        return await asyncio.to_thread(encode)
 
     def _needed(self) -> HuggingFaceTokenizer:
         if self._tokenizer is None:
