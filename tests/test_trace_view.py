@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from afd.errors import ConfigError
-from afd.trace_view import Handoff, Interval, Part, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
+from afd.trace_view import Handoff, Interval, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
+from afd.trace_view.steps import Part
 
 RECORDED = Path(__file__).parent / "data" / "decode_trace.jsonl"  # a prefill and a decode step; 5 layers, 2 shards
 MS = 1_000_000
@@ -38,8 +39,9 @@ def step_of(
     replica: str = "attention-0",
     sequences: int = 2,
     tokens: int = 2,
+    ffn_shards: int = 2,
 ) -> Step:
-    attributes = {"afd.num_sequences": sequences, "afd.num_tokens": tokens}
+    attributes = {"afd.num_ffn_shards": ffn_shards, "afd.num_sequences": sequences, "afd.num_tokens": tokens}
     return Step(index, replica, index * MS, duration * MS, attributes, tuple(intervals), tuple(handoffs))
 
 
@@ -64,10 +66,12 @@ def overlapped_step(**about: Any) -> Step:
     )
 
 
-def collocated_step() -> Step:
+def serial_step(ffn_shards: int) -> Step:
+    """One layer whose FFN, in-process or on one shard, takes exactly as long as attention is without work."""
     return step_of(
         [did("attention", 0, 40, layer=0, microbatch=0), did("waiting", 40, 100, layer=0, microbatch=0)],
         [handed(0, 0, sent=40, arrived=100, queue=0, compute=60)],
+        ffn_shards=ffn_shards,
     )
 
 
@@ -78,6 +82,7 @@ def deep_step(num_layers: int) -> Step:
         + [did("waiting", time + 6, time + 10, layer=layer, microbatch=0) for layer, time in enumerate(times)],
         [handed(0, 0, time + 6, time + 10, queue=0, compute=2, layer=layer) for layer, time in enumerate(times)],
         duration=10 * num_layers,
+        ffn_shards=1,
     )
 
 
@@ -92,15 +97,13 @@ def lane(lines: list[str], name: str) -> str:
     return next(line for line in lines if line.startswith(name))[len("attention  ") :]
 
 
-# --- Reading ---
-
-
 def test_a_recorded_file_gives_its_decode_steps() -> None:
     prefill, decode = load_steps(RECORDED)
     assert (prefill.num_tokens, decode.num_tokens) == (3, 1)
     assert decode.replica == "attention-0"
     assert (decode.num_layers, decode.num_microbatches, decode.num_shards) == (5, 1, 2)
     assert len(decode.handoffs) == 10
+    assert not decode.collocated
 
 
 def test_all_of_a_recorded_step_lies_within_it() -> None:
@@ -137,9 +140,6 @@ def test_a_missing_file_is_refused_with_the_way_to_record_one(tmp_path: Path) ->
         load_steps(tmp_path / "trace.jsonl")
 
 
-# --- Where the FFN's times are placed ---
-
-
 def test_ffn_times_are_placed_inside_their_handoff() -> None:
     phases = list(handed(0, 1, sent=40, arrived=80, queue=10, compute=10).phases)
     assert phases == [
@@ -154,9 +154,6 @@ def test_ffn_times_that_exceed_their_handoff_are_cut_off() -> None:
     phases = list(handed(0, 0, sent=10, arrived=20, queue=8, compute=8).phases)
     assert phases[2] == ("compute", 18 * MS, 20 * MS)
     assert all(10 * MS <= start <= end <= 20 * MS for _, start, end in phases)
-
-
-# --- Choosing a step ---
 
 
 def test_a_typical_step_is_a_full_one_that_only_decodes() -> None:
@@ -182,9 +179,6 @@ def test_a_step_is_picked_even_if_all_of_them_prefill() -> None:
 def test_a_step_that_does_not_exist_is_refused(which: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pick([overlapped_step()], which)
-
-
-# --- The terminal ---
 
 
 def test_who_computes_and_who_waits_can_be_read_without_colour() -> None:
@@ -217,10 +211,18 @@ def test_a_step_without_handoffs_can_be_drawn() -> None:
 
 
 def test_a_collocated_step_has_no_bubbles() -> None:
-    lines = printed(timeline(collocated_step(), 111), 111)
+    lines = printed(timeline(serial_step(ffn_shards=0), 111), 111)
     assert lane(lines, "FFN") == "·" * 40 + "A" * 60
     assert not any("bubble" in line for line in lines)
     assert lines[-1] == "Collocated: attention took 40 % of the step and the FFN 60 %."
+
+
+def test_a_shard_that_computes_all_the_time_it_is_waited_for_is_not_taken_for_collocated() -> None:
+    lines = printed(timeline(serial_step(ffn_shards=1), 111), 111)
+    assert lane(lines, "FFN 0/1") == "·" * 40 + "A" * 60
+    assert lines[-1] == (
+        "Attention waited 60 % of the step, mostly while the FFN computed; the FFN computed 60 % of it."
+    )
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -251,10 +253,7 @@ def test_the_heading_names_the_replica_as_it_is_called() -> None:
     assert "rack[1]/&lt;a&amp;b&gt;" in to_svg(step)
 
 
-# --- SVG ---
-
-
-@pytest.mark.parametrize("step", [overlapped_step(), collocated_step(), deep_step(61), load_steps(RECORDED)[1]])
+@pytest.mark.parametrize("step", [overlapped_step(), serial_step(0), deep_step(61), load_steps(RECORDED)[1]])
 def test_the_svg_is_well_formed_and_needs_nothing_else(step: Step) -> None:
     svg = to_svg(step)
     root = ElementTree.fromstring(svg)
@@ -270,9 +269,6 @@ def test_the_svg_shows_every_computation_inside_the_picture() -> None:
     assert titles.count("compute of layer 0, microbatch B: 30.0 ms") == 1
     assert sum(title.startswith("compute") for title in titles) == 4
     assert all(float(rect.get("x", -1)) + float(rect.get("width", 0)) <= 960 for rect in rects)
-
-
-# --- Chrome and Perfetto ---
 
 
 def test_chrome_gets_a_process_for_attention_and_for_every_shard() -> None:

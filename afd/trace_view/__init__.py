@@ -1,0 +1,14 @@
+"""Where a decode step's time went, drawn from the spans that the services append to a file.
+
+Everything is placed on the attention host's clock. Of an FFN shard only intervals are known, which it measured on its
+own clock; they are put into the middle of their handoff, so the way there and the way back are taken to last equally
+long. Times are nanoseconds since the step's start unless a name says otherwise.
+"""
+
+from afd.trace_view.chrome import to_chrome
+from afd.trace_view.steps import Handoff, Interval, Step, load_steps, pick
+from afd.trace_view.svg import to_svg
+from afd.trace_view.terminal import timeline
+from afd.trace_view.view import verdict
+
+__all__ = ["Handoff", "Interval", "Step", "load_steps", "pick", "timeline", "to_chrome", "to_svg", "verdict"]

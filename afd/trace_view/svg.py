@@ -1,0 +1,164 @@
+"""A step as a picture for web pages and papers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from xml.sax.saxutils import escape
+
+from afd.trace_view.steps import Step
+from afd.trace_view.view import Bar, View, colours, heading, in_words, layer_labels, letter, ticks, verdict
+
+_WIDTH, _LEFT, _RIGHT, _TOP = 960, 96, 24, 92  # pixels; the lanes begin at _TOP
+_PLOT = _WIDTH - _LEFT - _RIGHT
+_LANE, _GAP = 34, 26
+_THIN = {"send": 17, "queue": 17, "waiting": 2}  # pixels; other bars fill their lane
+_MAX_WAYS = 240  # lines of more frames only blur the picture
+_CSS = """
+text { font: 12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
+.bg { fill: #ffffff; stroke: #d0d7de } .track { fill: #f0f2f5 } .grid { stroke: #d0d7de }
+.title { font-size: 16px; font-weight: 600 } .verdict { font-weight: 600 } .soft { fill: #59636e }
+.middle { text-anchor: middle } .end { text-anchor: end } .inside { font-size: 11px; text-anchor: middle }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .bg { fill: #0d1117; stroke: #30363d } .track { fill: #1c2128 }
+  .grid { stroke: #30363d } .soft { fill: #9198a1 }
+}
+"""
+
+
+def to_svg(step: Step, layers: range | None = None) -> str:
+    """The timeline as a self-contained SVG, which follows the reader's light or dark scheme.
+
+    Slanted lines are frames on their way. Raises ConfigError for layers that the step does not have.
+    """
+    view = View.of(step, layers)
+    legend, legend_end = _legend(view, _lane_y(len(view.lanes)) + 24)
+    words = textwrap.wrap(verdict(step, layers), 128)
+    height = legend_end + 20 + 18 * len(words)
+    title, facts = heading(view)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
+            f"<title>{escape(title)}</title>",
+            f"<style>{_CSS}</style>",
+            f'<rect class="bg" x=".5" y=".5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>',
+            _label(_RIGHT, 32, title, "title"),
+            _label(_RIGHT, 52, facts, "soft"),
+            *_lanes(view),
+            *_axes(view),
+            *_ways(view),
+            *(_bar(view, bar) for bar in _drawn(view)),
+            *legend,
+            *(_label(_RIGHT, legend_end + 16 + 18 * line, text, "verdict") for line, text in enumerate(words)),
+            "</svg>\n",
+        ]
+    )
+
+
+def _lane_y(lane: int) -> int:
+    return _TOP + lane * (_LANE + _GAP)
+
+
+def _x(view: View, time_ns: int) -> float:
+    return round(_LEFT + _PLOT * (time_ns - view.start_ns) / view.duration_ns, 2)
+
+
+def _label(x: float, y: float, text: str, style: str = "") -> str:
+    return f'<text class="{style}" x="{x:g}" y="{y:g}">{escape(text)}</text>'
+
+
+def _lanes(view: View) -> Iterator[str]:
+    for lane, name in enumerate(view.lanes):
+        y = _lane_y(lane)
+        yield f'<rect class="track" x="{_LEFT}" y="{y}" width="{_PLOT}" height="{_LANE}" rx="3"/>'
+        yield _label(_LEFT - 10, y + _LANE / 2 + 4, name, "end")
+
+
+def _axes(view: View) -> Iterator[str]:
+    """Layers above the lanes, time beneath."""
+    yield _label(_LEFT - 10, _TOP - 10, "layer", "soft end")
+    for start_ns, text in layer_labels(view, 100):
+        yield _label(_x(view, start_ns), _TOP - 10, text, "soft")
+    bottom = _lane_y(len(view.lanes)) - _GAP + 8
+    unit, times = ticks(view, 10)
+    yield _label(_LEFT - 10, bottom + 14, unit, "soft end")
+    for time_ns, text in times:
+        x = _x(view, time_ns)
+        yield f'<path class="grid" d="M{x} {_TOP - 4}V{bottom}"/>'
+        yield _label(x, bottom + 14, text, "soft middle")
+
+
+def _shows_ways(view: View) -> bool:
+    return not view.step.collocated and len(view.handoffs) <= _MAX_WAYS
+
+
+def _ways(view: View) -> Iterator[str]:
+    """A line from the attention lane to where the FFN takes over, and one back."""
+    width = 1.6 if len(view.handoffs) <= 40 else 0.8
+    for handoff in view.handoffs if _shows_ways(view) else ():
+        (_, *out), _, _, (_, *back) = handoff.phases
+        top, shard = _lane_y(0) + _LANE, _lane_y(1 + handoff.shard)
+        colour, _ = colours("way", handoff.microbatch)
+        for (start_ns, end_ns), y, end_y in ((out, top, shard), (back, shard, top)):
+            if view.start_ns <= start_ns and end_ns <= view.end_ns:
+                line = f"M{_x(view, start_ns)} {y}L{_x(view, end_ns)} {end_y}"
+                yield f'<path d="{line}" stroke-width="{width}" opacity=".8" stroke="{colour}"/>'
+
+
+def _drawn(view: View) -> list[Bar]:
+    """Computations over the queues. In-process, attention does not wait: it computes the FFN itself."""
+    hidden = ("way", "waiting") if view.step.collocated else ("way",)
+    return sorted((bar for bar in view.bars if bar.kind not in hidden), key=lambda bar: bar.kind == "compute")
+
+
+def _bar(view: View, bar: Bar) -> str:
+    x, y = _x(view, bar.start_ns), _lane_y(bar.lane)
+    width, height = max(0.6, round(_x(view, bar.end_ns) - x, 2)), _THIN.get(bar.kind, _LANE)
+    shape = f'x="{x}" y="{y + (_LANE - height) // 2}" width="{width}" height="{height}"'
+    number = ""
+    if bar.kind in ("attention", "compute") and width > 9 * len(str(bar.layer_idx)) + 3:
+        _, ink = colours(bar.kind, bar.microbatch)
+        number = f'<text class="inside" style="fill:{ink}" x="{x + width / 2:g}" y="{y + 21}">{bar.layer_idx}</text>'
+    return f"<rect {shape} {_fill(bar.kind, bar.microbatch)}><title>{_described(bar)}</title></rect>{number}"
+
+
+def _fill(kind: str, microbatch: int) -> str:
+    colour, _ = colours(kind, microbatch)
+    return f'fill="{colour}"' + (' fill-opacity=".45"' if kind in _THIN else "")
+
+
+def _described(bar: Bar) -> str:
+    where = f" of layer {bar.layer_idx}, microbatch {letter(bar.microbatch)}" if bar.layer_idx >= 0 else ""
+    return f"{bar.kind}{where}: {in_words(bar.duration_ns)}"
+
+
+def _legend(view: View, y: int) -> tuple[list[str], int]:
+    """The legend, and where it ends."""
+    parts: list[str] = []
+    x = _LEFT
+    for kind, microbatch, word in _legend_entries(view):
+        width = 38 + 7 * len(word)
+        if x + width > _WIDTH - _RIGHT:
+            x, y = _LEFT, y + 22
+        parts += [_swatch(x, y, kind, microbatch), _label(x + 24, y + 11, word)]
+        x += width
+    return parts, y + 22
+
+
+def _legend_entries(view: View) -> Iterator[tuple[str, int, str]]:
+    for microbatch in range(view.step.num_microbatches):
+        yield "compute", microbatch, f"microbatch {letter(microbatch)} computing"
+    yield "send", 0, "send" if view.step.collocated else "send, or queued at the FFN"
+    if _shows_ways(view):
+        yield "way", 0, "on the way"
+    if not view.step.collocated:
+        yield "waiting", 0, "waiting for the FFN"
+    kinds = {bar.kind for bar in view.bars}
+    yield from ((kind, 0, kind) for kind in ("schedule", "lm_head", "sample") if kind in kinds)
+
+
+def _swatch(x: float, y: int, kind: str, microbatch: int) -> str:
+    if kind == "way":
+        return f'<path d="M{x} {y}l16 13" stroke="{colours(kind, microbatch)[0]}" stroke-width="1.6"/>'
+    height = min(13, _THIN.get(kind, 26) // 2 + 1)
+    return f'<rect x="{x}" y="{y + (13 - height) // 2}" width="16" height="{height}" {_fill(kind, microbatch)}/>'

@@ -1,0 +1,249 @@
+"""What is drawn of a step, what it adds up to, and the words and colours that all drawings share."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from afd.errors import ConfigError
+from afd.trace_view.steps import PHASES, Handoff, Part, Phase, Step
+
+
+class Bar(NamedTuple):
+    lane: int  # 0 is attention, 1 + i is FFN shard i
+    kind: Part | Phase
+    layer_idx: int
+    microbatch: int
+    start_ns: int
+    end_ns: int
+
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+def bars_of(step: Step) -> list[Bar]:
+    """All that took any time; in one lane they may overlap."""
+    bars = [Bar(0, each.part, each.layer_idx, each.microbatch, each.start_ns, each.end_ns) for each in step.intervals]
+    bars += [
+        Bar(1 + handoff.shard, phase, handoff.layer_idx, handoff.microbatch, start_ns, end_ns)
+        for handoff in step.handoffs
+        for phase, start_ns, end_ns in handoff.phases
+    ]
+    return [bar for bar in bars if bar.duration_ns > 0]
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a step from start_ns to end_ns, as bars in lanes."""
+
+    step: Step
+    layers: range
+    start_ns: int
+    end_ns: int
+
+    @classmethod
+    def of(cls, step: Step, layers: range | None) -> View:
+        """All of the step, or from the first to the last that happened for these layers. Raises ConfigError."""
+        if layers is None:
+            return cls(step, range(step.num_layers), 0, step.duration_ns)
+        bars = [bar for bar in bars_of(step) if bar.layer_idx in layers]
+        if not bars:
+            asked = f"{layers[0]}-{layers[-1]}" if layers else "none"
+            raise ConfigError(f"the step has layers 0 to {step.num_layers - 1}; asked for was {asked}")
+        existing = range(layers[0], min(layers[-1] + 1, step.num_layers))
+        return cls(step, existing, min(bar.start_ns for bar in bars), max(bar.end_ns for bar in bars))
+
+    @property
+    def duration_ns(self) -> int:
+        return max(1, self.end_ns - self.start_ns)
+
+    @property
+    def whole(self) -> bool:
+        return self.duration_ns == self.step.duration_ns
+
+    @cached_property
+    def bars(self) -> list[Bar]:
+        """Cut off where the view ends."""
+        return [
+            bar._replace(start_ns=max(bar.start_ns, self.start_ns), end_ns=min(bar.end_ns, self.end_ns))
+            for bar in bars_of(self.step)
+            if bar.end_ns > self.start_ns and bar.start_ns < self.end_ns
+        ]
+
+    @cached_property
+    def handoffs(self) -> list[Handoff]:
+        return [each for each in self.step.handoffs if each.arrived_ns > self.start_ns and each.sent_ns < self.end_ns]
+
+    @property
+    def lanes(self) -> list[str]:
+        return ["attention", *map(self.step.shard_name, range(self.step.num_shards))]
+
+    def lane(self, lane: int) -> list[Bar]:
+        """One lane's bars, none overlapping."""
+        return _flattened([bar for bar in self.bars if bar.lane == lane])
+
+
+def _flattened(bars: list[Bar]) -> list[Bar]:
+    """Of what happens at once only the most telling: a computation hides a queue, and that a frame on its way."""
+    cuts = sorted({time for bar in bars for time in (bar.start_ns, bar.end_ns)})
+    owners: list[Bar | None] = [None] * len(cuts)
+    for bar in sorted(bars, key=lambda bar: PHASES.index(bar.kind) if bar.kind in PHASES else 0):
+        for cut in range(bisect_left(cuts, bar.start_ns), bisect_left(cuts, bar.end_ns)):
+            owners[cut] = bar
+    return [
+        bar._replace(start_ns=start_ns, end_ns=end_ns)
+        for bar, (start_ns, end_ns) in zip(owners, pairwise(cuts), strict=False)
+        if bar
+    ]
+
+
+@dataclass(frozen=True)
+class ShardAccount:
+    name: str
+    busy_ns: int  # computing any frame of this step
+    num_frames: int
+    phases: Counter[Phase]  # of all frames together
+    num_awaited: int  # frames whose answer was the last one that attention waited for
+
+
+@dataclass(frozen=True)
+class Account:
+    duration_ns: int
+    parts: Counter[str]  # of attention
+    waiting: Counter[Phase]  # of the waiting: what the shard that answered last was doing
+    shards: list[ShardAccount]
+
+    def share(self, duration_ns: float) -> str:
+        return f"{100 * duration_ns / self.duration_ns:.0f} %"
+
+
+def account(view: View) -> Account:
+    parts: Counter[str] = Counter()
+    for bar in view.bars:
+        if bar.lane == 0:
+            parts[bar.kind] += bar.duration_ns
+    waiting: Counter[Phase] = Counter()
+    awaited: Counter[int] = Counter()
+    for wait, last in _waits(view):
+        awaited[last.shard] += 1
+        for phase, start_ns, end_ns in last.phases:
+            waiting[phase] += max(0, min(end_ns, wait.end_ns) - max(start_ns, wait.start_ns))
+    shards = [_shard_account(view, shard, awaited[shard]) for shard in range(view.step.num_shards)]
+    return Account(view.duration_ns, parts, waiting, shards)
+
+
+def _waits(view: View) -> Iterator[tuple[Bar, Handoff]]:
+    """Each time attention waited, with the handoff that was answered last."""
+    by_arrival = sorted(view.handoffs, key=lambda handoff: handoff.arrived_ns)
+    last = {(handoff.layer_idx, handoff.microbatch): handoff for handoff in by_arrival}
+    for bar in view.bars:
+        if bar.kind == "waiting" and (bar.layer_idx, bar.microbatch) in last:
+            yield bar, last[bar.layer_idx, bar.microbatch]
+
+
+def _shard_account(view: View, shard: int, num_awaited: int) -> ShardAccount:
+    handoffs = [handoff for handoff in view.handoffs if handoff.shard == shard]
+    phases: Counter[Phase] = Counter()
+    for handoff in handoffs:
+        phases.update(way=handoff.way_ns, queue=handoff.queue_ns, compute=handoff.compute_ns)
+    busy_ns = sum(bar.duration_ns for bar in view.lane(1 + shard) if bar.kind == "compute")
+    return ShardAccount(view.step.shard_name(shard), busy_ns, len(handoffs), phases, num_awaited)
+
+
+def verdict(step: Step, layers: range | None = None) -> str:
+    """One sentence: who waits for whom. Raises ConfigError for layers that the step does not have."""
+    view = View.of(step, layers)
+    sums = account(view)
+    whole = "the step" if view.whole else "this part"
+    if not sums.shards:
+        return f"Nothing was handed to an FFN in {whole}."
+    longest = max(sums.shards, key=lambda shard: shard.busy_ns)
+    computed = sums.share(longest.busy_ns)
+    if step.collocated:
+        return f"Collocated: attention took {sums.share(sums.parts['attention'])} of {whole} and the FFN {computed}."
+    waited = f"Attention waited {sums.share(sums.parts['waiting'])} of {whole}{_reason(sums)}"
+    if len(sums.shards) == 1:
+        return f"{waited}; the FFN computed {computed} of it."
+    last = max(sums.shards, key=lambda shard: shard.num_awaited)
+    times = f"{last.num_awaited} of {sum(shard.num_awaited for shard in sums.shards)} times"
+    joint = " and" if last is longest else f", {longest.name}"
+    return f"{waited}; {last.name} answered last ({times}){joint} computed longest ({computed})."
+
+
+def _reason(sums: Account) -> str:
+    if 100 * sums.parts["waiting"] < sums.duration_ns or not sums.waiting.total():
+        return ""
+    reasons = {"way": "frames were on the way", "queue": "frames were queued at the FFN", "compute": "the FFN computed"}
+    return f", mostly while {reasons[max(PHASES, key=lambda phase: sums.waiting[phase])]}"
+
+
+_WHITE, _BLACK = "#ffffff", "#000000"
+_MICROBATCH_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_MICROBATCH_INKS = (_WHITE, _BLACK, _WHITE, _BLACK, _BLACK, _WHITE)
+_KIND_COLOURS = {"schedule": ("#8b949e", _BLACK), "lm_head": ("#7f5bb5", _WHITE), "sample": ("#8c564b", _WHITE)}
+
+
+def colours(kind: str, microbatch: int) -> tuple[str, str]:
+    """Of the bar, and of what is written on it."""
+    of_microbatch = microbatch % len(_MICROBATCH_COLOURS)
+    return _KIND_COLOURS.get(kind, (_MICROBATCH_COLOURS[of_microbatch], _MICROBATCH_INKS[of_microbatch]))
+
+
+def letter(microbatch: int) -> str:
+    return chr(ord("A") + microbatch % 26)
+
+
+def in_words(duration_ns: float) -> str:
+    """Three digits with a unit."""
+    if not duration_ns:
+        return "0"
+    units = (("s", 1e9), ("ms", 1e6), ("µs", 1e3))
+    unit, unit_ns = next((each for each in units if duration_ns >= each[1]), ("ns", 1))
+    value = duration_ns / unit_ns
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def heading(view: View) -> tuple[str, str]:
+    """The title, and the facts for the line beneath."""
+    step = view.step
+    title = f"Decode step {step.index} of {step.replica}: {in_words(step.duration_ns)}"
+    if not view.whole:
+        title += f", here layers {view.layers[0]} to {view.layers[-1]}: {in_words(view.duration_ns)}"
+    counts = [
+        (step.num_sequences, "sequence", "s"),
+        (step.num_tokens, "token", "s"),
+        (step.num_layers, "layer", "s"),
+        (step.num_microbatches, "microbatch", "es"),
+        (step.num_shards, "FFN shard", "s"),
+    ]
+    facts = [f"{number} {noun}{'' if number == 1 else ending}" for number, noun, ending in counts]
+    return title, ", ".join([*facts[:-1], "FFN in-process"] if step.collocated else facts)
+
+
+def ticks(view: View, max_ticks: int) -> tuple[str, list[tuple[int, str]]]:
+    """The axis' unit, and (time, label) at round numbers."""
+    unit, unit_ns = ("ms", 1e6) if view.end_ns >= 2e6 else ("µs", 1e3)
+    spacings = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+    spacing = next(each for each in spacings if view.duration_ns / each <= max_ticks)
+    first = -(-view.start_ns // spacing) * spacing
+    return unit, [(time, f"{time / unit_ns:g}") for time in range(first, view.end_ns + 1, spacing)]
+
+
+def layer_labels(view: View, columns: int) -> list[tuple[int, str]]:
+    """(when a layer's attention first begins, its number), of every n-th layer where all do not fit."""
+    starts: dict[int, int] = {}
+    for bar in view.bars:
+        if bar.kind == "attention" and bar.layer_idx in view.layers:
+            starts[bar.layer_idx] = min(bar.start_ns, starts.get(bar.layer_idx, bar.start_ns))
+    room_ns = view.duration_ns * (1 + len(str(view.step.num_layers))) / columns
+    for every in (1, 2, 5, 10, 20, 50, 100):
+        labels = [(start_ns, str(layer)) for layer, start_ns in sorted(starts.items()) if layer % every == 0]
+        if all(right - left >= room_ns for (left, _), (right, _) in pairwise(labels)):
+            break
+    return labels
