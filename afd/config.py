@@ -9,9 +9,9 @@ import socket
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from afd.errors import ConfigError
@@ -19,7 +19,7 @@ from afd.errors import ConfigError
 ENV_PREFIX = "AFD_"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DtypeName = Literal["float32", "bfloat16"]
@@ -29,7 +29,12 @@ DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 def parse_shard(value: object) -> object:
     """ "1/3" is shard 1 (counted from 0) of 3."""
     match = re.fullmatch(r"(\d+)/(\d+)", str(value))
-    return (int(match[1]), int(match[2])) if match else value
+    if match is None:
+        return value
+    shard, num_shards = int(match[1]), int(match[2])
+    if shard >= num_shards:
+        raise ValueError(f"shard {shard} of {num_shards} does not exist; shards count from 0")
+    return shard, num_shards
 
 
 class ServiceSettings(BaseSettings):
@@ -76,7 +81,9 @@ class AttentionSettings(ComputeSettings):
     max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
     prefill_chunk_tokens: Count = Field(512, description="prompt tokens computed in one step, all sequences together")
     block_size: Count = Field(16, description="tokens in a KV block")
-    kv_cache_gib: Annotated[float, Field(gt=0)] = Field(1.0, description="memory for the KV cache, GiB")
+    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="memory for the KV cache, GiB"
+    )
     num_kv_blocks: Count | None = Field(None, description="number of KV blocks; default: what kv_cache_gib holds")
     ffn_timeout_s: Seconds = Field(
         30.0, description="longest wait for one FFN answer before its replica counts as lost"
@@ -89,13 +96,6 @@ class FFNSettings(ComputeSettings):
         (0, 1), description="i/M: this is shard i (from 0) of M"
     )
     max_frame_tokens: Count = Field(16384, description="rows of the largest frame accepted")
-
-    @model_validator(mode="after")
-    def _shard_exists(self) -> Self:
-        shard, num_shards = self.shard
-        if not 0 <= shard < num_shards:
-            raise ValueError(f"shard {shard} of {num_shards} does not exist; shards count from 0")
-        return self
 
 
 class GatewaySettings(ServiceSettings):
@@ -138,4 +138,5 @@ def _sentences(error: ValidationError) -> Iterable[str]:
             yield f"{name} is not set"
         else:
             reason = problem["msg"].removeprefix("Value error, ")
-            yield f"{name}={problem['input']}: {reason[0].lower()}{reason[1:]}"
+            value = re.sub(r"//[^/@]*@", "//***@", str(problem["input"]))  # no passwords of URLs in logs
+            yield f"{name}={value}: {reason[0].lower()}{reason[1:]}"

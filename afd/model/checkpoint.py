@@ -61,6 +61,8 @@ class Checkpoint:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} has no weight_map")
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{index}: its weight_map must map tensors to names of files")
             return [self.dir / name for name in sorted(set(weight_map.values()))]
         files = sorted(self.dir.glob("*.safetensors"))
         if not files:

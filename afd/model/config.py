@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from afd.errors import CheckpointError
 
@@ -75,11 +76,12 @@ class ModelConfig:
             moe_intermediate_size=fields.count("moe_intermediate_size"),
             share_expert_dim=fields.count("share_expert_dim"),
             moe_layers=fields.moe_layers(),
-            norm_expert_weight=bool(fields.values.get("norm_expert_weight", False)),
+            norm_expert_weight=fields.flag("norm_expert_weight"),
             rope_theta=fields.rope_theta(),
             rms_norm_eps=fields.positive("rms_norm_eps"),
-            bos_token_id=fields.values.get("bos_token_id"),
-            eos_token_ids=_token_ids(generation.get("eos_token_id", fields.values.get("eos_token_id"))),
+            bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
+            eos_token_ids=_Fields(generation_path, generation).token_ids("eos_token_id")
+            or fields.token_ids("eos_token_id"),
         )
         fields.check(config)
         return config
@@ -92,7 +94,7 @@ class _Fields:
         self.path = path
         self.values = values
 
-    def refuse(self, name: str, why: str) -> None:
+    def refuse(self, name: str, why: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {name}: {why}")
 
     def raw(self, name: str) -> Any:
@@ -113,9 +115,30 @@ class _Fields:
 
     def positive(self, name: str) -> float:
         value = self.raw(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             self.refuse(name, f"{value!r} is not a positive number")
         return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name, False)
+        if not isinstance(value, bool):
+            self.refuse(name, f"{value!r} is neither true nor false")
+        return bool(value)
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A token id or a list of them; none where the field is absent or null."""
+        value = self.values.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token_id in ids:
+            if type(token_id) is not int:
+                self.refuse(name, f"{token_id!r} is not a token id")
+        return tuple(ids)
+
+    def table(self, name: str) -> dict[str, Any]:
+        value = self.values.get(name)
+        if not isinstance(value, dict | None):
+            self.refuse(name, f"{value!r} is not a JSON object")
+        return value or {}
 
     def moe_layers(self) -> frozenset[int]:
         """`moe_layers_enum` is a string "4,5,6" (or a list); without it every layer but the first has experts."""
@@ -124,19 +147,16 @@ class _Fields:
         if value is None:
             return frozenset(range(1, num_layers))
         parts = value.split(",") if isinstance(value, str) else value
-        try:
-            layers = frozenset(int(part) for part in parts if str(part).strip())
-        except (TypeError, ValueError):
-            raise CheckpointError(
-                f"{self.path}: moe_layers_enum: {value!r} is not a list of layers like '1,2,3'"
-            ) from None
+        if not isinstance(parts, list) or not all(str(part).strip().isdecimal() for part in parts if part != ""):
+            self.refuse("moe_layers_enum", f"{value!r} is not a list of layers like '1,2,3'")
+        layers = frozenset(int(part) for part in parts if part != "")
         if any(not 0 <= layer < num_layers for layer in layers):
             self.refuse("moe_layers_enum", f"{value!r} names a layer outside 0..{num_layers - 1}")
         return layers
 
     def rope_theta(self) -> float:
         """`rope_parameters`, as transformers 5 writes it, goes before the plain field."""
-        rope = self.values.get("rope_parameters") or {}
+        rope = self.table("rope_parameters")
         if "rope_theta" in rope:
             return _Fields(self.path, rope).positive("rope_theta")
         return self.positive("rope_theta")
@@ -150,7 +170,7 @@ class _Fields:
         if self.values.get("hidden_act") not in (None, "silu"):
             self.refuse("hidden_act", f"{self.values['hidden_act']!r} is not supported; it must be 'silu'")
         for name in ("rope_scaling", "rope_parameters"):
-            rope = self.values.get(name) or {}
+            rope = self.table(name)
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
                 self.refuse(name, "scaled or partial rotary embeddings are not supported, only 'default' ones")
@@ -172,12 +192,6 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(raw.get("text_config"), dict):
         return raw
     return {**raw, "model_type": MODEL_TYPE, **raw["text_config"]} if raw.get("model_type") in VLM_TYPES else raw
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def read_json(path: Path) -> dict[str, Any]:

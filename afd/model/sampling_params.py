@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -68,7 +67,7 @@ def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] 
 def _range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:
     if value is None:
         return
-    if math.isfinite(value) and (low < value if open_below else low <= value) and value <= high:
+    if (low < value if open_below else low <= value) and value <= high:  # a NaN is neither
         return
     raise InvalidRequest(
         f"{name} must be {'over' if open_below else 'from'} {low} "

@@ -11,19 +11,29 @@ from typing import Literal, cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from afd.errors import StaleEpoch
+from afd.errors import AfdError, InternalError, StaleEpoch
 from afd.state.connection import translated_errors
 
 log = logging.getLogger(__name__)
 
 Status = Literal["running", "finished", "cancelled", "failed"]
 
+# KEYS: record. ARGV: epoch, TTL in ms, fields and values. An epoch older than the record's is refused.
+_CREATE = """
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+if epoch and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1], unpack(ARGV, 3))
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
 # KEYS: record, journal. ARGV: epoch, index of the token, its packed value, TTL in ms.
-# An epoch older than the record's is refused; a token that is already there (XADD refuses its id) stays as it is.
+# An older epoch is refused, and so is a gap; a token that is already there stays as it is.
 _APPEND = """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
 if epoch and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
-redis.pcall('XADD', KEYS[2], (ARGV[2] + 1) .. '-0', 't', ARGV[3])
+local length = redis.call('XLEN', KEYS[2])
+if length < tonumber(ARGV[2]) then return redis.error_reply('GAP ' .. length) end
+if length == tonumber(ARGV[2]) then redis.call('XADD', KEYS[2], (ARGV[2] + 1) .. '-0', 't', ARGV[3]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
@@ -71,26 +81,32 @@ class RequestStore:
     def __init__(self, redis: Redis, ttl_s: float) -> None:
         self.redis = redis
         self.ttl_ms = int(ttl_s * 1000)
+        self._create = redis.register_script(_CREATE)
         self._append = redis.register_script(_APPEND)
 
     async def create(self, key: SequenceKey, record: RequestRecord) -> None:
-        """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch."""
-        async with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
-            pipe.hset(
-                _record_key(key),
-                mapping={
-                    "prompt_ids": struct.pack(f"<{len(record.prompt_ids)}I", *record.prompt_ids),
-                    "sampling": record.sampling,
-                    "owner": record.owner,
-                    "epoch": record.epoch,
-                    "status": record.status,
-                },
-            )
-            pipe.pexpire(_record_key(key), self.ttl_ms)
-            await pipe.execute()
+        """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch.
 
-    async def append(self, entries: Sequence[JournalEntry]) -> list[StaleEpoch | None]:
-        """Journals tokens, all in one round trip; for each entry None, or the refusal of a stale owner's write.
+        Raises StaleEpoch if a newer owner already has.
+        """
+        fields: dict[str, str | bytes] = {
+            "prompt_ids": struct.pack(f"<{len(record.prompt_ids)}I", *record.prompt_ids),
+            "sampling": record.sampling,
+            "owner": record.owner,
+            "status": record.status,
+        }
+        pairs = [part for pair in fields.items() for part in pair]
+        async with translated_errors():
+            try:
+                await self._create(keys=[_record_key(key)], args=[record.epoch, self.ttl_ms, *pairs])
+            except ResponseError as error:
+                if refusal := _refusal(key, record.epoch, error):
+                    raise refusal from None
+                raise
+
+    async def append(self, entries: Sequence[JournalEntry]) -> list[AfdError | None]:
+        """Journals tokens, all in one round trip; for each entry None, or why it was refused: StaleEpoch for an owner
+        whose time is over, InternalError where tokens before it are missing.
 
         Writing a token again is harmless. Raises PeerUnavailable without Redis.
         """
@@ -100,7 +116,7 @@ class RequestStore:
             except NoScriptError:
                 await self.redis.script_load(_APPEND)
                 replies = await self._append_all(entries)
-        return [_refusal(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
+        return [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
 
     async def _append_all(self, entries: Sequence[JournalEntry]) -> list[object]:
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -117,7 +133,7 @@ class RequestStore:
                 )
             replies = cast(list[object], await pipe.execute(raise_on_error=False))
         for reply in replies:
-            if isinstance(reply, Exception) and not _is_stale(reply):
+            if isinstance(reply, Exception) and not _is_refusal(reply):
                 raise reply
         return replies
 
@@ -149,15 +165,18 @@ class RequestStore:
         return [JournaledToken(*_TOKEN.unpack(fields[b"t"])) for _, fields in entries]
 
 
-def _refusal(entry: JournalEntry, reply: object) -> StaleEpoch | None:
-    if not _is_stale(reply):
+def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
+    """What a reply of the scripts refuses, if it does."""
+    if not _is_refusal(reply):
         return None
-    newer = str(reply).split()[-1]
-    return StaleEpoch(f"request {entry.key.request_id}: epoch {entry.epoch} is over, its owner is at epoch {newer}")
+    kind, value = str(reply).split()
+    if kind == "GAP":
+        return InternalError(f"request {key.request_id}: its journal was lost, it has {value} tokens")
+    return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
 
 
-def _is_stale(reply: object) -> bool:
-    return isinstance(reply, ResponseError) and str(reply).startswith("STALE")
+def _is_refusal(reply: object) -> bool:
+    return isinstance(reply, ResponseError) and str(reply).startswith(("STALE ", "GAP "))
 
 
 def _record_key(key: SequenceKey) -> str:

@@ -53,7 +53,7 @@ class Journal:
         deadline = asyncio.get_running_loop().time() + _PATIENCE_S
         while True:
             try:
-                return [*await self.store.append(entries)]
+                return await self.store.append(entries)
             except PeerUnavailable as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise

@@ -25,6 +25,11 @@ class Chunk:
         """Whether a token is sampled after it."""
         return self.num_tokens == self.sequence.num_uncomputed
 
+    @property
+    def prefill_tokens(self) -> int:
+        """What counts against the budget of prefill: nothing for a decode."""
+        return 0 if self.sequence.num_uncomputed == 1 else self.num_tokens
+
 
 class Scheduler:
     def __init__(self, blocks: BlockManager, max_sequences: int, prefill_chunk_tokens: int) -> None:
@@ -60,7 +65,7 @@ class Scheduler:
             chunk = self._chunk(sequence, budget)
             if chunk.num_tokens and self._make_room(sequence, chunk.num_tokens):
                 chunks.append(chunk)
-                budget -= _prefill_tokens(chunk)
+                budget -= chunk.prefill_tokens
             index += 1
         while self.waiting and budget > 0 and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
@@ -68,7 +73,7 @@ class Scheduler:
             chunk = self._chunk(sequence, budget)
             self.blocks.grow(sequence, chunk.num_tokens)
             chunks.append(chunk)
-            budget -= _prefill_tokens(chunk)
+            budget -= chunk.prefill_tokens
         return chunks
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
@@ -94,7 +99,3 @@ class Scheduler:
         """Only with blocks for all it has and its next token: a preempted sequence is not let in to be preempted."""
         needed = min(sequence.num_tokens + 1, sequence.max_context_tokens)
         return len(self.running) < self.max_sequences and self.blocks.num_needed(needed) <= self.blocks.num_free
-
-
-def _prefill_tokens(chunk: Chunk) -> int:
-    return 0 if chunk.num_tokens == 1 else chunk.num_tokens

@@ -14,10 +14,10 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that may be shown now; what could begin a stop string is held back. Sets `hit` at a match."""
         self._held += text
-        starts = [start for start in (self._held.find(stop) for stop in self.stops) if start >= 0]
-        if starts:
+        matches = [(start + len(stop), start) for stop in self.stops if (start := self._held.find(stop)) >= 0]
+        if matches:  # what is complete first counts, however the text came in pieces
             self.hit = True
-            return self._take(min(starts))
+            return self._take(min(matches)[1])
         return self._take(len(self._held) - self._longest_beginning())
 
     def rest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Tokenizer:
             text = self._chat_template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens()
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can fail like any program
             raise InvalidRequest(f"the chat template refuses these messages: {error}", "messages") from None
         return await self._encode(text, add_special_tokens=False)
 
@@ -56,6 +57,7 @@ class Tokenizer:
     async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A long text is encoded on another thread, so that the streams of others go on meanwhile."""
         backend = self._needed()
+        _check_unicode(text)
         if len(text) < _LONG_TEXT:
             return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -100,6 +102,13 @@ class TextStream:
         return self._tokenizer.decode(self._ids)[self._num_chars :]
 
 
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("the prompt has half of a surrogate pair, which is no text", "prompt") from None
+
+
 def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
     if not path.exists():
         return None
@@ -111,15 +120,23 @@ def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
 
 def _load_chat_template(model_dir: Path, config: dict[str, Any]) -> jinja2.Template | None:
     path = model_dir / "chat_template.jinja"
-    source = path.read_text() if path.exists() else config.get("chat_template")
+    source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
     if source is None:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # As Hugging Face's templates expect it.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(source)
     except (jinja2.TemplateError, TypeError) as error:
         raise CheckpointError(f"the chat template in {model_dir} is not valid: {error}") from None
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise_exception(message: str) -> None:
