@@ -67,7 +67,7 @@ def make_checkpoint(
         generator = torch.Generator().manual_seed(seed)
         for number, names in enumerate(files, start=1):
             tensors = {name: _random(shapes[name], generator).to(dtype) for name in names}
-            save_file(tensors, path / _file_name(number, len(files)), metadata={"format": "pt"})
+            save_tensors(tensors, path / _file_name(number, len(files)))
             progress(number, len(files))
         if len(files) > 1:
             _write_index(path, files)
@@ -80,6 +80,12 @@ def make_checkpoint(
             raise ConfigError(f"the checkpoint cannot be written to {path}: {error}") from None
         raise
     return config
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file that other users can read too, as they can the files beside it."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def write_config(path: Path, sizes: dict[str, object], dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -30,11 +31,22 @@ async def connect(url: str) -> AsyncIterator[Redis]:
 
 @asynccontextmanager
 async def translated_errors() -> AsyncIterator[None]:
-    """Turns failures of Redis into PeerUnavailable."""
+    """Turns failures of Redis into PeerUnavailable.
+
+    The client can lose a cancellation, or make a failure of it; here it becomes one again.
+    """
     try:
         yield
     except (RedisError, OSError) as error:
+        _raise_if_cancelled()
         raise PeerUnavailable(f"Redis does not answer: {error}") from error
+    _raise_if_cancelled()
+
+
+def _raise_if_cancelled() -> None:
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def without_password(url: str) -> str:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from afd.errors import PeerUnavailable
 from afd.state.connection import translated_errors
@@ -90,18 +89,20 @@ class Registry:
         async with self.redis.pubsub() as changes:
             while True:
                 try:
-                    if not changes.subscribed:
-                        await changes.subscribe(_CHANNEL)
+                    async with translated_errors():
+                        if not changes.subscribed:
+                            await changes.subscribe(_CHANNEL)
                     current = await self.replicas(role)
-                except (RedisError, OSError, PeerUnavailable) as error:
+                except PeerUnavailable as error:
                     log.warning("membership is not known for now: %s", error)
                     await asyncio.sleep(_POLL_S)
                     continue
                 if current != last:
                     last = current
                     yield current
-                with contextlib.suppress(RedisError, OSError):
-                    await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
+                with contextlib.suppress(PeerUnavailable):
+                    async with translated_errors():
+                        await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
 
     async def _keep_renewing(self, describe: Callable[[], Replica]) -> None:
         while True:
