@@ -125,8 +125,8 @@ def refuse_unknown_variables(names: Iterable[str]) -> None:
     """Raises ConfigError for an AFD_* name that is a setting of no service, with the closest one that is."""
     known = {ENV_PREFIX + name.upper() for kind in ALL_SETTINGS for name in kind.model_fields}
     for name in names:
-        if name.startswith(ENV_PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), sorted(known), n=1)
             advice = f", did you mean {close[0]}?" if close else f"; the settings are {', '.join(sorted(known))}"
             raise ConfigError(f"no such setting: {name}{advice}")
 

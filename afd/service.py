@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 from afd import telemetry
 from afd.config import ServiceSettings, load_settings
 from afd.errors import AfdError
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=ServiceSettings)
 
@@ -36,14 +39,20 @@ class StopSignal:
 
 @contextlib.asynccontextmanager
 async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs `work` while the block runs."""
+    """Runs `work` while the block runs. If it fails the service stops: it cannot do without."""
     task = asyncio.create_task(work)
+    task.add_done_callback(_stop_if_failed)
     try:
         yield
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
+
+
+def _stop_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("a background task failed, so the service stops", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
 
 
 Serve = Callable[[S, StopSignal], Coroutine[Any, Any, None]]

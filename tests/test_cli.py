@@ -67,7 +67,7 @@ def running_up(model: Path, ready: Path, *arguments: object) -> Iterator[tuple[p
 
 def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that have not ended; an orphan that has, and waits for init to notice, is not running."""
-    gone, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=5)
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -10,6 +10,7 @@ from afd.errors import InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+_SMALLEST = 1e-6  # of what must be over 0; it stays so as a float32
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class SamplingParams:
         """Raises InvalidRequest, naming the parameter, for a value that means nothing."""
         _range("temperature", self.temperature, 0, 100)
         _range("top_k", self.top_k, 1, vocab_size)
-        _range("top_p", self.top_p, 0, 1, open_below=True)
+        _range("top_p", self.top_p, _SMALLEST, 1)
         _range("min_p", self.min_p, 0, 1)
-        _range("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
+        _range("repetition_penalty", self.repetition_penalty, _SMALLEST, 100)
         _range("presence_penalty", self.presence_penalty, -2, 2)
         _range("frequency_penalty", self.frequency_penalty, -2, 2)
         _range("seed", self.seed, 0, 2**64 - 1)
@@ -64,13 +65,6 @@ def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] 
             raise InvalidRequest(f"{name}: token id {token_id} is outside the vocabulary of {vocab_size}", name)
 
 
-def _range(name: str, value: float | None, low: float, high: float, open_below: bool = False) -> None:
-    if value is None:
-        return
-    if (low < value if open_below else low <= value) and value <= high:  # a NaN is neither
-        return
-    raise InvalidRequest(
-        f"{name} must be {'over' if open_below else 'from'} {low} "
-        f"{'and at most' if open_below else 'to'} {high}, not {value}",
-        name.split(maxsplit=1)[0],
-    )
+def _range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:  # a NaN is in no range
+        raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}", name.split(maxsplit=1)[0])

@@ -20,9 +20,14 @@ async def connect(url: str) -> AsyncIterator[Redis]:
     """A Redis client for `url` (redis://, rediss:// or unix://); ConfigError if nothing answers there."""
     try:
         redis = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-        await redis.ping()
-    except (RedisError, OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"no Redis answers at {without_password(url)}: {error}") from None
+    try:
+        async with translated_errors():
+            await redis.ping()
+    except PeerUnavailable as error:
+        await redis.aclose()
+        raise ConfigError(f"no Redis answers at {without_password(url)}: {error.__cause__}") from None
     try:
         yield redis
     finally:
@@ -33,20 +38,19 @@ async def connect(url: str) -> AsyncIterator[Redis]:
 async def translated_errors() -> AsyncIterator[None]:
     """Turns failures of Redis into PeerUnavailable.
 
-    The client can lose a cancellation, or make a failure of it; here it becomes one again.
+    The client can lose a cancellation that comes while it talks, or make a failure of it; here it becomes one again.
     """
+    task = asyncio.current_task()
+    num_cancels = task.cancelling() if task else 0
+    failure: Exception | None = None
     try:
         yield
     except (RedisError, OSError) as error:
-        _raise_if_cancelled()
-        raise PeerUnavailable(f"Redis does not answer: {error}") from error
-    _raise_if_cancelled()
-
-
-def _raise_if_cancelled() -> None:
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+        failure = error
+    if task and task.cancelling() > num_cancels:
         raise asyncio.CancelledError
+    if failure is not None:
+        raise PeerUnavailable(f"Redis does not answer: {failure}") from failure
 
 
 def without_password(url: str) -> str:

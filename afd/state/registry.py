@@ -66,8 +66,7 @@ class Registry:
             yield
         finally:
             renewal.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewal
+            await asyncio.wait([renewal])
             with contextlib.suppress(PeerUnavailable):
                 await self._leave(describe())
 

@@ -38,6 +38,14 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 """
+# KEYS: record. ARGV: epoch, TTL in ms, status.
+_FINISH = """
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+if not epoch or tonumber(epoch) > tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], 'status', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
 _TOKEN = struct.Struct("<If")  # id, logprob
 
 
@@ -83,6 +91,7 @@ class RequestStore:
         self.ttl_ms = int(ttl_s * 1000)
         self._create = redis.register_script(_CREATE)
         self._append = redis.register_script(_APPEND)
+        self._finish = redis.register_script(_FINISH)
 
     async def create(self, key: SequenceKey, record: RequestRecord) -> None:
         """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch.
@@ -137,10 +146,10 @@ class RequestStore:
                 raise reply
         return replies
 
-    async def finish(self, key: SequenceKey, status: Status) -> None:
+    async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
+        """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
         async with translated_errors():
-            await self.redis.hset(_record_key(key), "status", status)
-            await self.redis.pexpire(_record_key(key), self.ttl_ms)
+            await self._finish(keys=[_record_key(key)], args=[epoch, self.ttl_ms, status])
 
     async def record(self, key: SequenceKey) -> RequestRecord | None:
         """The record, or None once it has expired."""

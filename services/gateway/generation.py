@@ -182,7 +182,7 @@ class Generator:
                 status = "cancelled"
                 raise
             finally:
-                self._note_end(key, status)
+                self._note_end(key, record.epoch, status)
 
     async def _decode(
         self,
@@ -217,12 +217,12 @@ class Generator:
         finally:
             call.cancel()
 
-    def _note_end(self, key: SequenceKey, status: Status) -> None:
+    def _note_end(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Writes the status behind the answer: nobody waits for it."""
 
         async def note() -> None:
             with contextlib.suppress(PeerUnavailable):
-                await self.store.finish(key, status)
+                await self.store.finish(key, epoch, status)
 
         task = asyncio.create_task(note())
         _BACKGROUND.add(task)

@@ -65,7 +65,7 @@ class SamplingBody(_Body):
     def sampling(self, max_tokens: int | None, top_logprobs: int) -> SamplingParams:
         """Temperature is 1 where none is given, as in OpenAI's API; top_k of 0 or -1 means none, as in vLLM."""
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else float(self.temperature),
+            temperature=1.0 if self.temperature is None else self.temperature,
             top_k=None if self.top_k in (0, -1) else self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
@@ -133,6 +133,6 @@ class ChatBody(SamplingBody):
 
 def _logit_bias(biases: dict[str, Any]) -> dict[int, float]:
     try:
-        return {int(token_id): float(bias) for token_id, bias in biases.items()}
+        return {int(token_id): bias for token_id, bias in biases.items()}
     except ValueError:
         raise InvalidRequest("logit_bias must map token ids to numbers", "logit_bias") from None

@@ -1,0 +1,495 @@
+"""What outlives a process, held by the embedded redis-server and by an ordinary one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from afd.errors import AfdError, ConfigError, PeerUnavailable, StaleEpoch
+from afd.state import connection
+from afd.state.connection import connect, without_password
+from afd.state.embedded import embedded_redis, redis_server_binary
+from afd.state.registry import Registry, Replica
+from afd.state.requests import JournaledToken, JournalEntry, RequestRecord, RequestStore, SequenceKey
+
+KEY = SequenceKey("r1")
+RECORD = RequestRecord(prompt_ids=(5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1")
+REPLICA = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(1, 3))
+PATIENCE_S = 10.0  # a test that waits longer than this hangs
+
+
+@contextlib.contextmanager
+def tcp_redis() -> Iterator[str]:
+    """An ordinary redis-server on a TCP port: the one on PATH, else the embedded one's binary."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    binary = shutil.which("redis-server") or redis_server_binary()
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.01)
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+SERVERS = {"embedded": embedded_redis, "redis-server": tcp_redis}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    with SERVERS[request.param]() as url:
+        yield url
+
+
+@pytest.fixture
+async def redis(server: str) -> AsyncIterator[Redis]:
+    async with connect(server) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture(params=SERVERS)
+async def mortal_redis(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
+    """A client of a server of the test's own, with short timeouts."""
+    monkeypatch.setattr(connection, "_TIMEOUT_S", 0.3)
+    with SERVERS[request.param]() as url:
+        async with connect(url) as client:
+            yield client
+
+
+async def send_signal(redis: Redis, number: signal.Signals) -> None:
+    os.kill((await redis.info("server"))["process_id"], number)
+
+
+async def wait_for(registry: Registry, expected: list[Replica]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await registry.replicas("ffn") != expected:
+            await asyncio.sleep(0.01)
+
+
+# --- who is alive ---
+
+
+async def test_a_replica_is_seen_at_once_and_gone_at_once_when_it_leaves(redis: Redis) -> None:
+    registry = Registry(redis, lease_s=60)
+    async with registry.registered(lambda: REPLICA):
+        assert await registry.replicas("ffn") == [REPLICA]
+        assert await registry.replicas("attention") == []
+    assert await registry.replicas("ffn") == []
+    assert await redis.keys("*") == []
+
+
+async def test_a_replica_that_does_not_renew_its_lease_is_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(redis, lease_s=0.5)
+    monkeypatch.setattr(registry, "_keep_renewing", lambda describe: asyncio.sleep(PATIENCE_S))
+    async with registry.registered(lambda: REPLICA):
+        assert await registry.replicas("ffn") == [REPLICA]
+        await wait_for(registry, [])
+        assert await redis.keys("*") == []
+
+
+async def test_a_living_replica_is_never_gone(redis: Redis) -> None:
+    registry = Registry(redis, lease_s=1)
+    async with registry.registered(lambda: REPLICA):
+        for _ in range(26):
+            assert await registry.replicas("ffn") == [REPLICA]
+            await asyncio.sleep(0.05)
+
+
+async def test_a_renewal_tells_what_has_changed(redis: Redis) -> None:
+    registry, now = Registry(redis, lease_s=0.1), [REPLICA]
+    async with registry.registered(lambda: now[0]):
+        now[0] = replace(REPLICA, address="127.0.0.1:2", transports=("shm", "inline"))
+        await wait_for(registry, now)
+
+
+async def test_a_replica_that_was_forgotten_comes_back_by_its_renewal(redis: Redis) -> None:
+    registry = Registry(redis, lease_s=0.1)
+    async with registry.registered(lambda: REPLICA):
+        await redis.flushall()
+        await wait_for(registry, [REPLICA])
+
+
+async def test_replicas_are_listed_by_name(redis: Redis) -> None:
+    registry = Registry(redis, lease_s=60)
+    async with contextlib.AsyncExitStack() as stack:
+        for name in ("b", "c", "a"):
+            await stack.enter_async_context(
+                registry.registered(lambda name=name: replace(REPLICA, replica_id=name, shard=None))
+            )
+        assert [replica.replica_id for replica in await registry.replicas("ffn")] == ["a", "b", "c"]
+
+
+async def test_watchers_see_changes_by_notification(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afd.state.registry._POLL_S", PATIENCE_S)  # no change would be seen by polling
+    registry = Registry(redis, lease_s=60)
+    async with asyncio.timeout(PATIENCE_S / 2), contextlib.aclosing(registry.watch("ffn")) as changes:
+        assert await anext(changes) == []
+        change = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0.1)  # it has looked again after subscribing
+        async with registry.registered(lambda: REPLICA):
+            assert await change == [REPLICA]
+        assert await anext(changes) == []
+
+
+async def test_watchers_see_changes_by_polling_when_the_notification_is_lost(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afd.state.registry._POLL_S", 0.05)
+    monkeypatch.setattr(Registry, "_notify", lambda self: asyncio.sleep(0))
+    registry = Registry(redis, lease_s=60)
+    async with asyncio.timeout(PATIENCE_S), contextlib.aclosing(registry.watch("ffn")) as changes:
+        assert await anext(changes) == []
+        async with registry.registered(lambda: REPLICA):
+            assert await anext(changes) == [REPLICA]
+        assert await anext(changes) == []
+
+
+async def test_watchers_notice_a_replica_that_died(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afd.state.registry._POLL_S", 0.05)
+    registry = Registry(redis, lease_s=0.5)
+    await registry._renew(REPLICA)
+    async with asyncio.timeout(PATIENCE_S), contextlib.aclosing(registry.watch("ffn")) as changes:
+        assert await anext(changes) == [REPLICA]
+        assert await anext(changes) == []
+
+
+async def test_watchers_go_on_after_their_connections_were_cut(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afd.state.registry._POLL_S", 0.05)
+    registry = Registry(redis, lease_s=60)
+    async with asyncio.timeout(PATIENCE_S), contextlib.aclosing(registry.watch("ffn")) as changes:
+        assert await anext(changes) == []
+        await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        await redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        async with registry.registered(lambda: REPLICA):
+            assert await anext(changes) == [REPLICA]
+
+
+# --- requests and their journals ---
+
+
+@pytest.fixture
+def store(redis: Redis) -> RequestStore:
+    return RequestStore(redis, ttl_s=60)
+
+
+def entries(*indices: int, key: SequenceKey = KEY, epoch: int = 1) -> list[JournalEntry]:
+    """Token 100 + index at each index."""
+    return [JournalEntry(key, epoch, index, 100 + index, -0.5 * index) for index in indices]
+
+
+async def token_ids(store: RequestStore, key: SequenceKey = KEY, start: int = 0) -> list[int]:
+    return [token.token_id for token in await store.journal(key, start)]
+
+
+async def test_a_record_reads_as_it_was_written(store: RequestStore) -> None:
+    assert await store.record(KEY) is None
+    await store.create(KEY, RECORD)
+    assert await store.record(KEY) == RECORD
+
+
+async def test_the_status_is_written_at_the_end(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.finish(KEY, 1, "cancelled")
+    assert await store.record(KEY) == replace(RECORD, status="cancelled")
+
+
+async def test_an_end_after_the_record_has_expired_makes_no_new_one(store: RequestStore) -> None:
+    await store.finish(KEY, 1, "finished")
+    assert await store.record(KEY) is None
+
+
+async def test_tokens_are_journaled_in_order_with_their_logprobs(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    assert await store.append([JournalEntry(KEY, 1, 0, 2**32 - 1, -0.25), *entries(1)]) == [None, None]
+    assert await store.append(entries(2)) == [None]
+    expected = [JournaledToken(2**32 - 1, -0.25), JournaledToken(101, -0.5), JournaledToken(102, -1.0)]
+    assert await store.journal(KEY) == expected
+
+
+async def test_a_stream_can_be_read_from_any_token_on(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(*range(12)))
+    for start in (0, 1, 9, 11, 12, 99):
+        assert await token_ids(store, start=start) == list(range(100 + start, 112))
+
+
+async def test_a_token_written_twice_is_there_once_and_as_it_was_first(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0, 1, 2))
+    again = [replace(entry, token_id=7) for entry in entries(1, 2)]
+    assert await store.append([*again, *entries(3)]) == [None] * 3
+    assert await token_ids(store) == [100, 101, 102, 103]
+
+
+async def test_a_token_after_a_gap_is_refused_and_its_neighbours_are_not(store: RequestStore) -> None:
+    other = SequenceKey("r2")
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    refusal, accepted = await store.append([*entries(2), *entries(0, key=other)])
+    assert isinstance(refusal, AfdError)
+    assert accepted is None
+    assert (await token_ids(store), await token_ids(store, other)) == ([100], [100])
+
+
+async def test_sequences_and_choices_have_journals_of_their_own(store: RequestStore) -> None:
+    other = SequenceKey("r1", choice=1)
+    await store.create(KEY, RECORD)
+    await store.create(other, RECORD)
+    await store.append([*entries(0), *entries(0, 1, key=other)])
+    assert (await token_ids(store), await token_ids(store, other)) == ([100], [100, 101])
+
+
+async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    await store.create(KEY, replace(RECORD, owner="attention-2", epoch=2))
+    await store.append(entries(1, epoch=2))
+    refusals = await store.append(entries(1, 2))
+    assert [type(refusal) for refusal in refusals] == [StaleEpoch, StaleEpoch]
+    assert str(refusals[0]) == "request r1: epoch 1 is over, its owner is at epoch 2"
+    assert await token_ids(store) == [100, 101]
+
+
+async def test_a_refusal_leaves_the_other_sequences_alone(store: RequestStore) -> None:
+    other = SequenceKey("r2")
+    await store.create(KEY, replace(RECORD, epoch=10))
+    await store.create(other, RECORD)
+    refused, accepted = await store.append([*entries(0, epoch=9), *entries(0, key=other)])
+    assert (type(refused), accepted) == (StaleEpoch, None)
+    assert (await token_ids(store), await token_ids(store, other)) == ([], [100])
+
+
+async def test_a_stale_owner_cannot_take_a_request_back(store: RequestStore) -> None:
+    newer = replace(RECORD, owner="attention-2", epoch=2)
+    await store.create(KEY, newer)
+    with pytest.raises(StaleEpoch):
+        await store.create(KEY, RECORD)
+    assert await store.record(KEY) == newer
+
+
+async def test_records_and_journals_expire_after_the_last_write(redis: Redis, store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    keys = await redis.keys("*")
+    assert len(keys) == 2
+    for key in keys:
+        await redis.pexpire(key, 1000)
+    await store.append(entries(1))
+    assert all([50_000 < await redis.pttl(key) <= 60_000 for key in keys])
+    for key in keys:
+        await redis.persist(key)
+    await store.finish(KEY, 1, "finished")
+    await store.append(entries(2))
+    assert all([50_000 < await redis.pttl(key) <= 60_000 for key in keys])
+
+
+async def test_nothing_is_kept_without_an_end(redis: Redis, store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append([*entries(0), *entries(0, key=SequenceKey("without-record"))])
+    await store.finish(KEY, 1, "finished")
+    await store.finish(SequenceKey("unknown"), 1, "failed")
+    assert all([await redis.pttl(key) > 0 for key in await redis.keys("*")])
+
+
+async def test_a_flushed_script_cache_costs_nothing(redis: Redis, store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    for index in range(3):
+        await redis.script_flush()
+        assert await store.append(entries(index)) == [None]
+    assert await token_ids(store) == [100, 101, 102]
+
+
+async def test_a_token_that_could_not_be_journaled_is_not_passed_off_as_journaled(
+    redis: Redis, store: RequestStore
+) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    await redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(PeerUnavailable):
+            await store.append(entries(1))
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert await store.append(entries(1)) == [None]
+    assert await token_ids(store) == [100, 101]
+
+
+async def test_an_empty_step_writes_nothing(redis: Redis, store: RequestStore) -> None:
+    assert await store.append([]) == []
+    assert await redis.keys("*") == []
+
+
+async def test_prompt_ids_are_kept_four_bytes_each(redis: Redis, store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    (key,) = await redis.keys("*")
+    assert await redis.hget(key, "prompt_ids") == struct.pack("<3I", *RECORD.prompt_ids)
+
+
+async def test_a_task_that_is_cancelled_while_it_talks_to_redis_ends(redis: Redis, store: RequestStore) -> None:
+    async def talk() -> None:
+        while True:
+            await store.create(KEY, RECORD)
+            await store.append(entries(0))
+
+    for num_turns in range(60):  # of the event loop; somewhere among them lies every point of the talk
+        task = asyncio.create_task(talk())
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+        ended = task.done()
+        task.cancel()
+        assert ended, f"cancelled after {num_turns} turns, it goes on"
+
+
+async def test_a_cancelled_task_can_still_clean_up_in_redis(store: RequestStore) -> None:
+    async def work() -> None:
+        try:
+            await asyncio.sleep(PATIENCE_S)
+        finally:
+            await store.create(KEY, RECORD)
+            await store.append(entries(0))
+            await store.finish(KEY, 1, "cancelled")
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert await store.record(KEY) == replace(RECORD, status="cancelled")
+    assert await token_ids(store) == [100]
+
+
+# --- when Redis is gone ---
+
+
+async def ask_everything(redis: Redis) -> None:
+    """Every question to a Redis that does not answer is PeerUnavailable, and never a hang."""
+    store, registry = RequestStore(redis, 60), Registry(redis, 60)
+    questions = (
+        store.create(KEY, RECORD),
+        store.append(entries(0)),
+        store.record(KEY),
+        store.journal(KEY),
+        store.finish(KEY, 1, "finished"),
+        registry.replicas("ffn"),
+        registry.registered(lambda: REPLICA).__aenter__(),
+    )
+    answers = await asyncio.wait_for(asyncio.gather(*questions, return_exceptions=True), PATIENCE_S)
+    assert [type(answer) for answer in answers] == [PeerUnavailable] * len(questions)
+
+
+async def test_a_dead_redis_is_an_unavailable_peer(mortal_redis: Redis) -> None:
+    await send_signal(mortal_redis, signal.SIGKILL)
+    await ask_everything(mortal_redis)
+
+
+async def test_a_frozen_redis_is_an_unavailable_peer_and_may_wake_up(mortal_redis: Redis) -> None:
+    pid = (await mortal_redis.info("server"))["process_id"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await ask_everything(mortal_redis)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    store = RequestStore(mortal_redis, 60)
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    assert await token_ids(store) == [100]
+
+
+async def test_a_replica_leaves_quietly_when_redis_is_gone(mortal_redis: Redis) -> None:
+    async with asyncio.timeout(PATIENCE_S), Registry(mortal_redis, 60).registered(lambda: REPLICA):
+        await send_signal(mortal_redis, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:secret@127.0.0.1:1", "unix:///nowhere/redis.sock", "redis://127.0.0.1:x", "rediss://127.0.0.1:1"]
+)
+async def test_a_url_without_a_redis_behind_it_is_one_sentence_without_the_password(url: str) -> None:
+    with pytest.raises(ConfigError, match="no Redis answers at") as caught:
+        async with connect(url):
+            pass
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:pw@host:7000/1?timeout=3", "redis://user:***@host:7000/1?timeout=3"),
+        ("rediss://:pw@host", "rediss://:***@host:6379"),
+        ("redis://host:1", "redis://host:1"),
+        ("unix:///tmp/redis.sock", "unix:///tmp/redis.sock"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+# --- the embedded server ---
+
+
+@pytest.fixture
+def temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+async def test_the_embedded_server_leaves_no_process_and_no_directory(temporary_directory: Path) -> None:
+    with embedded_redis() as url:
+        async with connect(url) as client:
+            pid = (await client.info("server"))["process_id"]
+            assert await client.set("key", "value")
+        assert list(temporary_directory.iterdir())
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert list(temporary_directory.iterdir()) == []
+
+
+def test_the_embedded_server_leaves_nothing_when_its_user_fails(temporary_directory: Path) -> None:
+    with pytest.raises(RuntimeError, match="user"), embedded_redis():
+        raise RuntimeError("user")
+    assert list(temporary_directory.iterdir()) == []
+
+
+async def test_two_embedded_servers_share_nothing(temporary_directory: Path) -> None:
+    with embedded_redis() as first, embedded_redis() as second:
+        async with connect(first) as one, connect(second) as other:
+            await one.set("key", "value")
+            assert await other.get("key") is None
+
+
+@pytest.mark.parametrize("binary", ["/bin/false", "/nowhere/redis-server", "/"])
+def test_a_server_that_does_not_start_is_one_sentence_and_leaves_nothing(
+    temporary_directory: Path, binary: str
+) -> None:
+    with pytest.raises(ConfigError, match="redis-server"), embedded_redis(binary):
+        pass
+    assert list(temporary_directory.iterdir()) == []
