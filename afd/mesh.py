@@ -80,10 +80,10 @@ class Service:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def stop(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float) -> None:
+        """Waits for the end of a service that was told to stop; kills it when the time is over."""
         if self.process is None:
             return
-        self.process.terminate()
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -157,7 +157,7 @@ class Mesh:
                 if service.alive and service.process:
                     service.process.send_signal(signal.SIGTERM)
             for service in ending:
-                service.stop(_STOP_TIMEOUT_S)
+                service.wait(_STOP_TIMEOUT_S)
 
     def ready_file(self) -> dict[str, Any]:
         return {

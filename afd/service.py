@@ -67,6 +67,8 @@ def run_service(role: str, kind: type[S], serve: Serve[S]) -> None:
     except AfdError as error:
         sys.exit(f"afd {role}: {error}")
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         telemetry.shut_down()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -72,12 +72,16 @@ class Balancer:
         except TimeoutError:
             raise PeerUnavailable(f"no attention replica of this model is registered, after {timeout_s:g} s") from None
 
+    def has_other_than(self, lost: Set[AttentionReplica]) -> bool:
+        return any(entry not in lost for entry in self._replicas.values())
+
     @asynccontextmanager
-    async def picked(self) -> AsyncIterator[AttentionReplica]:
+    async def picked(self, lost: Set[AttentionReplica] = frozenset()) -> AsyncIterator[AttentionReplica]:
         """The replica for one sequence, counted while the block runs. Raises PeerUnavailable if there is none."""
-        if not self._replicas:
+        candidates = [entry for entry in self._replicas.values() if entry not in lost]
+        if not candidates:
             raise PeerUnavailable("no attention replica is ready")
-        entry = min(self._replicas.values(), key=lambda entry: entry.num_sequences)
+        entry = min(candidates, key=lambda entry: entry.num_sequences)
         entry.num_sequences += 1
         try:
             yield entry

@@ -158,31 +158,51 @@ class Generator:
         raise Cancelled(f"request {request.request_id} was cancelled")
 
     async def _choice(self, request: Request, choice: int, span: trace.Span) -> AsyncGenerator[Token, None]:
-        """The tokens of one choice from one attention replica."""
+        """The tokens of one choice. A replica that is lost before its first token is replaced by another one."""
+        lost: set[AttentionReplica] = set()
+        while True:
+            num_tokens = 0
+            async with self.balancer.picked(lost) as entry:
+                tokens = self._choice_on(entry, request, choice, epoch=len(lost) + 1, span=span)
+                try:
+                    async with contextlib.aclosing(tokens):
+                        async for token in tokens:
+                            num_tokens += 1
+                            yield token
+                    return
+                except PeerUnavailable:
+                    lost.add(entry)
+                    if num_tokens or not self.balancer.has_other_than(lost):
+                        raise
+
+    async def _choice_on(
+        self, entry: AttentionReplica, request: Request, choice: int, *, epoch: int, span: trace.Span
+    ) -> AsyncGenerator[Token, None]:
+        """The tokens of one choice from one attention replica, which owns it in this epoch."""
         key = SequenceKey(request.request_id, choice)
         params = replace(request.params, n=1, stop=(), seed=_seed_of_choice(request.params.seed or 0, choice))
         sampling = sampling_to_proto(params)
+        owner = entry.replica.replica_id
+        record = RequestRecord(tuple(request.prompt_ids), sampling.SerializeToString(), owner, epoch)
+        await self.store.create(key, record)
+        message = attention_pb2.DecodeRequest(
+            request_id=request.request_id,
+            choice=choice,
+            epoch=epoch,
+            token_ids=request.prompt_ids,
+            sampling=sampling,
+        )
         status: Status = "failed"
-        async with self.balancer.picked() as entry:
-            record = RequestRecord(tuple(request.prompt_ids), sampling.SerializeToString(), entry.replica.replica_id)
-            await self.store.create(key, record)
-            message = attention_pb2.DecodeRequest(
-                request_id=request.request_id,
-                choice=choice,
-                epoch=record.epoch,
-                token_ids=request.prompt_ids,
-                sampling=sampling,
-            )
-            try:
-                async with contextlib.aclosing(self._decode(entry, message, request.params.stop, span)) as tokens:
-                    async for token in tokens:
-                        yield token
-                status = "finished"
-            except (asyncio.CancelledError, GeneratorExit):
-                status = "cancelled"
-                raise
-            finally:
-                self._note_end(key, record.epoch, status)
+        try:
+            async with contextlib.aclosing(self._decode(entry, message, request.params.stop, span)) as tokens:
+                async for token in tokens:
+                    yield token
+            status = "finished"
+        except (asyncio.CancelledError, GeneratorExit):
+            status = "cancelled"
+            raise
+        finally:
+            self._note_end(key, epoch, status)
 
     async def _decode(
         self,
