@@ -110,12 +110,13 @@ def start_mesh() -> StartMesh:
     """Runs a mesh of real processes in float32; keyword arguments are settings, as in `num_kv_blocks=8`."""
 
     @contextlib.contextmanager
-    def start(model: Path, attention: int = 1, ffn: int = 1, **settings: object) -> Iterator[Mesh]:
+    def start(model: Path, attention: int = 1, ffn: int = 1, device: str = "cpu", **settings: object) -> Iterator[Mesh]:
         options = MeshOptions(
             model=model,
             attention=attention,
             ffn=ffn,
             dtype="float32",
+            device=device,
             threads=1,
             settings={name: str(value) for name, value in settings.items()},
         )

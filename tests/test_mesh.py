@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from afd import Client
 from afd.bench import counters
@@ -40,6 +41,17 @@ def test_tokens_equal_the_oracle_on_every_topology(
     model = make_model(10 * seed + ffn)
     with start_mesh(model.path, attention, ffn, prefill_chunk_tokens=48, microbatches=seed + 1) as mesh:
         asyncio.run(ask_many(mesh.gateway.address, model, 1))
+        asyncio.run(ask_many(mesh.gateway.address, model, 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("attention", "ffn"), TOPOLOGIES)
+def test_tokens_equal_the_oracle_on_a_gpu(
+    make_model: Callable[[int], Model], start_mesh: StartMesh, attention: int, ffn: int
+) -> None:
+    model = make_model(10 + ffn)
+    with start_mesh(model.path, attention, ffn, device="cuda", prefill_chunk_tokens=48) as mesh:
         asyncio.run(ask_many(mesh.gateway.address, model, 32))
 
 

@@ -46,39 +46,27 @@ _DRAIN_POLL_S = 0.05
 async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     dtype, device = prepare_torch(settings)
     checkpoint = Checkpoint(settings.model)
-    config = checkpoint.config
-    stack = await asyncio.to_thread(load_attention, checkpoint, dtype, device, loading_progress("attention"))
     num_blocks = settings.num_kv_blocks or _num_blocks(settings, checkpoint, dtype)
-    cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
-    max_context_tokens = min(config.max_context_tokens, num_blocks * settings.block_size)
-    tracer = StepTracer(settings.ffn_shards)
+    max_context_tokens = min(checkpoint.config.max_context_tokens, num_blocks * settings.block_size)
     loop = asyncio.get_running_loop()
 
     async with connect(settings.redis) as redis:
         registry = Registry(redis, settings.lease_s)
-        connector = FfnConnector(
-            registry=registry,
-            loop=loop,
-            checkpoint=checkpoint,
-            replica_id=settings.replica_id,
-            num_shards=settings.ffn_shards,
-            dtype=dtype,
-            device=device,
-            timeout_s=settings.ffn_timeout_s,
-            max_frame_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
-            traceparent=lambda: tracer.traceparent,
-        )
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
+        tracer = StepTracer(settings.ffn_shards)
+        connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)
 
         def deliver(deliveries: list[Delivery]) -> None:
             loop.call_soon_threadsafe(journal.put, deliveries)
 
         engine = Engine(
-            decoder=Decoder(stack, cache, await _connect_ffn(settings, checkpoint, connector, dtype, device)),
+            decoder=await _decoder(settings, checkpoint, num_blocks, connector, dtype, device),
             scheduler=Scheduler(
                 BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
             ),
-            builder=MicrobatchBuilder(settings.block_size, config.head_dim, config.rope_theta, device),
+            builder=MicrobatchBuilder(
+                settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, device
+            ),
             num_microbatches=settings.microbatches,
             tracer=tracer,
             deliver=deliver,
@@ -87,30 +75,62 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         )
         await asyncio.to_thread(engine.warm_up)
         engine.start()
-        prometheus_client.REGISTRY.register(AttentionCollector(engine))
-        metrics_port = serve_metrics(settings.host, settings.metrics_port)
-        servicer = AttentionServicer(engine, config, max_context_tokens)
-
-        def add_services(server: grpc.aio.Server) -> None:
-            attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
-
-        async with (
-            background(journal.run()),
-            serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port,
-        ):
-            replica = Replica(
-                role="attention",
-                replica_id=settings.replica_id,
-                address=f"{settings.advertised_host}:{port}",
-                fingerprint=checkpoint.fingerprint,
-                pid=os.getpid(),
-                max_context_tokens=max_context_tokens,
-                metrics_address=f"{settings.advertised_host}:{metrics_port}",
-            )
-            async with registry.registered(lambda: replica):
-                await stop.wait()
-            await _drain(servicer, settings.drain_timeout_s)
+        async with background(journal.run()):
+            await _serve_engine(settings, checkpoint, engine, max_context_tokens, registry, stop)
         await asyncio.to_thread(engine.stop)
+
+
+async def _decoder(
+    settings: AttentionSettings,
+    checkpoint: Checkpoint,
+    num_blocks: int,
+    connector: FfnConnector,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Decoder:
+    """Loads this side's weights and connects to the FFN, or loads it too."""
+    config = checkpoint.config
+    stack = await asyncio.to_thread(load_attention, checkpoint, dtype, device, loading_progress("attention"))
+    cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
+    ffn: FFN
+    if settings.ffn_shards:
+        log.info("waiting for %d FFN shards", settings.ffn_shards)
+        ffn = await connector.connect_within(settings.startup_timeout_s)
+    else:
+        progress = loading_progress("FFN")
+        ffn = LocalFFN(await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress))
+    return Decoder(stack, cache, ffn)
+
+
+async def _serve_engine(
+    settings: AttentionSettings,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    max_context_tokens: int,
+    registry: Registry,
+    stop: StopSignal,
+) -> None:
+    """Serves and holds a lease until it shall stop; then serves what is open."""
+    prometheus_client.REGISTRY.register(AttentionCollector(engine))
+    metrics_port = serve_metrics(settings.host, settings.metrics_port)
+    servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
+
+    def add_services(server: grpc.aio.Server) -> None:
+        attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
+
+    async with serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port:
+        replica = Replica(
+            role="attention",
+            replica_id=settings.replica_id,
+            address=f"{settings.advertised_host}:{port}",
+            fingerprint=checkpoint.fingerprint,
+            pid=os.getpid(),
+            max_context_tokens=max_context_tokens,
+            metrics_address=f"{settings.advertised_host}:{metrics_port}",
+        )
+        async with registry.registered(lambda: replica):
+            await stop.wait()
+        await _drain(servicer, settings.drain_timeout_s)
 
 
 def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -124,20 +144,6 @@ def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torc
         )
     longest = -(-config.max_context_tokens // settings.block_size)
     return min(num_blocks, longest * settings.max_sequences)
-
-
-async def _connect_ffn(
-    settings: AttentionSettings,
-    checkpoint: Checkpoint,
-    connector: FfnConnector,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> FFN:
-    if settings.ffn_shards:
-        log.info("waiting for %d FFN shards", settings.ffn_shards)
-        return await connector.connect_within(settings.startup_timeout_s)
-    progress = loading_progress("FFN")
-    return LocalFFN(await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress))
 
 
 async def _drain(servicer: AttentionServicer, timeout_s: float) -> None:

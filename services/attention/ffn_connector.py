@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from afd.config import AttentionSettings
 from afd.errors import ConfigError, PeerUnavailable
 from afd.handoff.handshake import topology
 from afd.handoff.inline import InlineTransport
@@ -25,26 +26,21 @@ class FfnConnector:
 
     def __init__(
         self,
+        settings: AttentionSettings,
+        checkpoint: Checkpoint,
         registry: Registry,
         loop: asyncio.AbstractEventLoop,
-        checkpoint: Checkpoint,
-        replica_id: str,
-        num_shards: int,
         dtype: torch.dtype,
         device: torch.device,
-        timeout_s: float,
-        max_frame_tokens: int,
         traceparent: Callable[[], str],
     ) -> None:
+        self.settings = settings
+        self.num_shards = settings.ffn_shards
+        self.checkpoint = checkpoint
         self.registry = registry
         self.loop = loop
-        self.checkpoint = checkpoint
-        self.replica_id = replica_id
-        self.num_shards = num_shards
         self.dtype = dtype
         self.device = device
-        self.timeout_s = timeout_s
-        self.max_frame_tokens = max_frame_tokens
         self.traceparent = traceparent
 
     def connect(self) -> RemoteFFN:
@@ -58,7 +54,7 @@ class FfnConnector:
             for transport in transports:
                 transport.close()
             raise
-        return RemoteFFN(transports, self.timeout_s, self.traceparent)
+        return RemoteFFN(transports, self.settings.ffn_timeout_s, self.traceparent)
 
     async def connect_within(self, timeout_s: float) -> RemoteFFN:
         """The same at the start, when shards may still be loading; called on the event loop."""
@@ -92,14 +88,15 @@ class FfnConnector:
 
     def _connect_replica(self, shard: int, replica: Replica) -> InlineTransport:
         ours = topology(self.checkpoint.config, self.checkpoint.fingerprint, self.dtype, shard, self.num_shards)
-        hello = pb.Hello(replica_id=self.replica_id, topology=ours)
+        hello = pb.Hello(replica_id=self.settings.replica_id, topology=ours)
         transport = InlineTransport(replica.address, hello, self.dtype, self.device)
         accepted = transport.welcome.max_frame_tokens
-        if accepted < self.max_frame_tokens:
+        largest = self.settings.max_sequences + self.settings.prefill_chunk_tokens
+        if accepted < largest:
             transport.close()
             raise ConfigError(
                 f"FFN replica {replica.replica_id} accepts frames of {accepted} tokens, but AFD_MAX_SEQUENCES and "
-                f"AFD_PREFILL_CHUNK_TOKENS allow {self.max_frame_tokens}: raise AFD_MAX_FRAME_TOKENS or lower these"
+                f"AFD_PREFILL_CHUNK_TOKENS allow {largest}: raise AFD_MAX_FRAME_TOKENS or lower these"
             )
         return transport
 
