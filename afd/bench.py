@@ -127,17 +127,20 @@ def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[st
     )
 
 
-def counters(mesh: Mesh, index: int | None = None) -> dict[str, float]:
-    """The counters of one attention replica, or of all added up; a label's value stands behind a slash."""
+def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
+    """The counters of these attention and FFN replicas, or of all, added up; a label's value stands behind a slash."""
     totals: dict[str, float] = {}
     for service in mesh.services:
-        if service.role == "attention" and service.replica and index in (None, service.index):
-            with urllib.request.urlopen(
-                f"http://{service.replica.metrics_address}/metrics", timeout=_METRICS_TIMEOUT_S
-            ) as answer:
-                for name, value in _samples(answer.read().decode()):
-                    totals[name] = totals.get(name, 0.0) + value
+        asked = service.replica_id in replica_ids or not replica_ids
+        if asked and service.role != "gateway" and service.replica:
+            for name, value in _samples(_read_metrics(service.replica.metrics_address)):
+                totals[name] = totals.get(name, 0.0) + value
     return totals
+
+
+def _read_metrics(address: str | None) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=_METRICS_TIMEOUT_S) as answer:
+        return str(answer.read().decode())
 
 
 def _samples(text: str) -> Iterable[tuple[str, float]]:

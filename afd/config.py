@@ -44,6 +44,7 @@ class ServiceSettings(BaseSettings):
 
     model: Path = Field(description="directory of the Hugging Face checkpoint")
     redis: str = Field(description="URL of the Redis that holds the mesh's state", pattern=r"^(rediss?|unix)://")
+    mesh: str = Field("default", description="replicas see only those of the same mesh", pattern=r"^[\w.-]+$")
     replica_id: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
         description="this replica's name in the registry, unique in the mesh",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,9 @@ class Mesh:
     def __init__(self, options: MeshOptions, redis_url: str) -> None:
         self.options = options
         self.redis_url = redis_url
+        self.name = os.environ.get("AFD_MESH") or f"up-{uuid.uuid4().hex[:8]}"  # others may share the Redis
         common = {
+            "mesh": self.name,
             "model": options.model,
             "redis": redis_url,
             "startup_timeout_s": options.startup_timeout_s,
@@ -170,7 +173,7 @@ class Mesh:
     async def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.startup_timeout_s
         async with connect(self.redis_url) as redis:
-            registry = Registry(redis, lease_s=1.0)
+            registry = Registry(redis, lease_s=1.0, mesh=self.name)
             while not all(service.replica for service in self.services):
                 for service in self.services:
                     if not service.alive:

@@ -68,7 +68,7 @@ def test_every_attention_replica_takes_its_share(make_model: Callable[[int], Mod
     model = make_model(5)
     with start_mesh(model.path, 2, 1) as mesh:
         asyncio.run(ask_many(mesh.gateway.address, model, 16))
-        shares = [counters(mesh, index)["afd_generated_tokens"] for index in (0, 1)]
+        shares = [counters(mesh, f"attention-{index}")["afd_generated_tokens"] for index in (0, 1)]
     assert min(shares) > 0.2 * sum(shares)
 
 
@@ -87,7 +87,7 @@ def test_clients_that_leave_free_everything(make_model: Callable[[int], Model], 
 
     with start_mesh(model.path, 1, 2) as mesh:
         asyncio.run(run(mesh.gateway.address))
-        names = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used")
+        names = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
         assert wait_for_zero(mesh, names) == dict.fromkeys(names, 0)
         generated = counters(mesh)["afd_generated_tokens"]
         assert generated < 64 * 200, "sequences went on after their clients had left"

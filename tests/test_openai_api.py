@@ -204,7 +204,7 @@ def test_http_client_that_leaves_frees_everything(api: Api) -> None:
             model=api.name, prompt="Once", max_tokens=900, n=4, extra_body={"ignore_eos": True}
         )
     before = counters(api.mesh)["afd_generated_tokens"]
-    names = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used")
+    names = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
     assert wait_for_zero(api.mesh, names) == dict.fromkeys(names, 0)
     assert counters(api.mesh)["afd_generated_tokens"] < before + 900
 

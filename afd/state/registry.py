@@ -19,7 +19,6 @@ from afd.state.connection import translated_errors
 log = logging.getLogger(__name__)
 
 Role = Literal["gateway", "attention", "ffn"]
-_CHANNEL = "afd:membership"
 _POLL_S = 1.0
 
 
@@ -52,9 +51,11 @@ class Replica:
 class Registry:
     """Leases in Redis: a key per replica with an expiry, a set of names per role, a channel that says "look again"."""
 
-    def __init__(self, redis: Redis, lease_s: float) -> None:
+    def __init__(self, redis: Redis, lease_s: float, mesh: str = "default") -> None:
         self.redis = redis
         self.lease_s = lease_s
+        self.mesh = mesh
+        self._channel = f"afd:membership:{mesh}"
 
     @asynccontextmanager
     async def registered(self, describe: Callable[[], Replica]) -> AsyncIterator[None]:
@@ -73,13 +74,13 @@ class Registry:
     async def replicas(self, role: Role) -> list[Replica]:
         """The replicas of a role that hold a lease, by name. Raises PeerUnavailable without Redis."""
         async with translated_errors():
-            members = cast(set[bytes], await self.redis.smembers(_names_key(role)))
+            members = cast(set[bytes], await self.redis.smembers(self._names_key(role)))
             names = sorted(name.decode() for name in members)
-            found = await asyncio.gather(*(self.redis.get(_key(role, name)) for name in names))
+            found = await asyncio.gather(*(self.redis.get(self._key(role, name)) for name in names))
             entries = cast(list[bytes | None], found)
             gone = [name for name, entry in zip(names, entries, strict=True) if entry is None]
             if gone:
-                await self.redis.srem(_names_key(role), *gone)
+                await self.redis.srem(self._names_key(role), *gone)
         return [Replica.decode(entry) for entry in entries if entry is not None]
 
     async def watch(self, role: Role) -> AsyncIterator[list[Replica]]:
@@ -90,7 +91,7 @@ class Registry:
                 try:
                     async with translated_errors():
                         if not changes.subscribed:
-                            await changes.subscribe(_CHANNEL)
+                            await changes.subscribe(self._channel)
                     current = await self.replicas(role)
                 except PeerUnavailable as error:
                     log.warning("membership is not known for now: %s", error)
@@ -114,24 +115,22 @@ class Registry:
     async def _renew(self, replica: Replica) -> None:
         async with translated_errors():
             await self.redis.set(
-                _key(replica.role, replica.replica_id), replica.encode(), px=max(1, int(self.lease_s * 1000))
+                self._key(replica.role, replica.replica_id), replica.encode(), px=max(1, int(self.lease_s * 1000))
             )
-            await self.redis.sadd(_names_key(replica.role), replica.replica_id)
+            await self.redis.sadd(self._names_key(replica.role), replica.replica_id)
 
     async def _leave(self, replica: Replica) -> None:
         async with translated_errors():
-            await self.redis.delete(_key(replica.role, replica.replica_id))
-            await self.redis.srem(_names_key(replica.role), replica.replica_id)
+            await self.redis.delete(self._key(replica.role, replica.replica_id))
+            await self.redis.srem(self._names_key(replica.role), replica.replica_id)
             await self._notify()
 
     async def _notify(self) -> None:
         async with translated_errors():
-            await self.redis.publish(_CHANNEL, "changed")
+            await self.redis.publish(self._channel, "changed")
 
+    def _key(self, role: Role, replica_id: str) -> str:
+        return f"afd:replica:{self.mesh}:{role}:{replica_id}"
 
-def _key(role: Role, replica_id: str) -> str:
-    return f"afd:replica:{role}:{replica_id}"
-
-
-def _names_key(role: Role) -> str:
-    return f"afd:replicas:{role}"
+    def _names_key(self, role: Role) -> str:
+        return f"afd:replicas:{self.mesh}:{role}"

@@ -51,7 +51,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     loop = asyncio.get_running_loop()
 
     async with connect(settings.redis) as redis:
-        registry = Registry(redis, settings.lease_s)
+        registry = Registry(redis, settings.lease_s, settings.mesh)
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
         tracer = StepTracer(settings.ffn_shards)
         connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from afd.config import AttentionSettings
-from afd.errors import ConfigError, PeerUnavailable
+from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable
 from afd.handoff.handshake import topology
 from afd.handoff.inline import InlineTransport
 from afd.handoff.remote import RemoteFFN, Transport
@@ -76,13 +76,13 @@ class FfnConnector:
 
     def _connect_shard(self, shard: int, replicas: list[Replica]) -> InlineTransport:
         candidates = [replica for replica in replicas if replica.shard == (shard, self.num_shards)]
-        failure = PeerUnavailable(
+        failure: AfdError = PeerUnavailable(
             f"no replica of FFN shard {shard}/{self.num_shards} is registered (there are: {_shards(replicas)})"
         )
         for replica in candidates:
             try:
                 return self._connect_replica(shard, replica)
-            except PeerUnavailable as error:
+            except (PeerUnavailable, Mismatch) as error:
                 failure = error
         raise failure
 

@@ -60,7 +60,7 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
             shard=settings.shard,
             metrics_address=f"{settings.advertised_host}:{metrics_port}",
         )
-        async with Registry(redis, settings.lease_s).registered(lambda: replica):
+        async with Registry(redis, settings.lease_s, settings.mesh).registered(lambda: replica):
             await stop.wait()
     batcher.stop()
 

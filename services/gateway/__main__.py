@@ -37,7 +37,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
     model_name = settings.served_model_name or settings.model.resolve().name
     tokenizer = Tokenizer(settings.model)
     async with connect(settings.redis) as redis:
-        registry = Registry(redis, settings.lease_s)
+        registry = Registry(redis, settings.lease_s, settings.mesh)
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
         generator = Generator(config, tokenizer, balancer, store, settings.request_timeout_s)
