@@ -16,6 +16,8 @@ from afd.errors import AfdError
 
 log = logging.getLogger(__name__)
 
+_DRAIN_POLL_S = 0.05
+
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -47,6 +49,13 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+async def until_none_open(num_open: Callable[[], int], timeout_s: float) -> None:
+    """Draining: waits until what is open has ended, but no longer than timeout_s."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while num_open() and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(_DRAIN_POLL_S)
 
 
 def _stop_if_failed(task: asyncio.Task[None]) -> None:

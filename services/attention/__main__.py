@@ -19,7 +19,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.mfa import KVCache
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.rpc import serving
-from afd.service import StopSignal, background, run_service
+from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.connection import connect
 from afd.state.registry import Registry, Replica
 from afd.state.requests import RequestStore
@@ -40,7 +40,6 @@ from services.attention.step_tracer import StepTracer
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AttentionService"].full_name
-_DRAIN_POLL_S = 0.05
 
 
 async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
@@ -130,7 +129,8 @@ async def _serve_engine(
         )
         async with registry.registered(lambda: replica):
             await stop.wait()
-        await _drain(servicer, settings.drain_timeout_s)
+        servicer.draining = True
+        await until_none_open(lambda: servicer.num_open, settings.drain_timeout_s)
 
 
 def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -144,14 +144,6 @@ def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torc
         )
     longest = -(-config.max_context_tokens // settings.block_size)
     return min(num_blocks, longest * settings.max_sequences)
-
-
-async def _drain(servicer: AttentionServicer, timeout_s: float) -> None:
-    """Takes nothing new and serves what is open."""
-    servicer.draining = True
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while servicer.num_open and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(_DRAIN_POLL_S)
 
 
 if __name__ == "__main__":

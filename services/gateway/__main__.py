@@ -16,7 +16,7 @@ from afd.config import GatewaySettings
 from afd.errors import ConfigError
 from afd.model.config import ModelConfig
 from afd.rpc import serving
-from afd.service import StopSignal, background, run_service
+from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.connection import connect
 from afd.state.registry import Registry, Replica
 from afd.state.requests import RequestStore
@@ -29,7 +29,6 @@ from services.gateway.servicer import GatewayServicer
 from services.gateway.tokenizer import Tokenizer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
-_DRAIN_POLL_S = 0.05
 
 
 async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
@@ -64,7 +63,8 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                 )
                 async with registry.registered(lambda: replica):
                     await stop.wait()
-                await _drain(generator, settings.drain_timeout_s)
+                generator.draining = True
+                await until_none_open(lambda: generator.num_running, settings.drain_timeout_s)
 
 
 class _Server(uvicorn.Server):
@@ -92,14 +92,6 @@ async def _serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[int
     finally:
         server.should_exit = True
         await running
-
-
-async def _drain(generator: Generator, timeout_s: float) -> None:
-    """Takes nothing new and serves what is open."""
-    generator.draining = True
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while generator.num_running and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(_DRAIN_POLL_S)
 
 
 if __name__ == "__main__":
