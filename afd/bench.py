@@ -157,8 +157,8 @@ def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, 
 def report(results: Results) -> tuple[Table, Table]:
     """Two tables for people: the speeds, and where the time went."""
     options = results.options
-    ffn = f"{options.ffn}F" if options.ffn else " collocated"
-    mesh = f"{options.attention}A{ffn}, {options.dtype}, {options.microbatches} microbatches"
+    ffn = f"{options.ffn}F, {options.microbatches} microbatches" if options.ffn else " collocated"
+    mesh = f"{options.attention}A{ffn}, {options.dtype}"
     speeds = Table(title=f"{options.model.name}: {mesh}, {options.threads_each} threads each")
     for heading in ("streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms"):
         speeds.add_column(heading, justify="right")

@@ -78,7 +78,9 @@ class AttentionSettings(ComputeSettings):
     ffn_shards: Annotated[int, Field(ge=0)] = Field(
         1, description="shards the FFN is split into; 0 runs the FFN inside this process"
     )
-    microbatches: Count = Field(2, description="parts of the batch that cross the layers independently")
+    microbatches: Count = Field(
+        2, description="parts of the batch that cross the layers independently; without FFN shards it is 1"
+    )
     max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
     prefill_chunk_tokens: Count = Field(512, description="prompt tokens computed in one step, all sequences together")
     block_size: Count = Field(16, description="tokens in a KV block")

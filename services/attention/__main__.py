@@ -66,7 +66,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             builder=MicrobatchBuilder(
                 settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, device
             ),
-            num_microbatches=settings.microbatches,
+            num_microbatches=settings.microbatches if settings.ffn_shards else 1,  # in-process nothing overlaps
             tracer=tracer,
             deliver=deliver,
             reconnect=connector.connect,
