@@ -106,7 +106,8 @@ class Stream:
         self._call.cancel()
 
     def __del__(self) -> None:
-        self._call.cancel()
+        with contextlib.suppress(RuntimeError):  # its event loop is closed, and with it the call
+            self._call.cancel()
 
 
 class Client:
@@ -229,7 +230,8 @@ class SyncClient:
             while (token := self._run(following())) is not None:
                 yield token
         finally:
-            self._run(stream.aclose())
+            if not self._loop.is_closed():
+                self._run(stream.aclose())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

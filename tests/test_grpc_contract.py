@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,12 +176,28 @@ def test_choices_come_each_with_its_own_end(mesh: Mesh) -> None:
         assert own[-1].finish_reason == "length"
 
 
+def assert_ends(client: SyncClient, request_id: str) -> None:
+    """Asserts that a request whose client has left is soon no longer running."""
+    deadline = time.monotonic() + 5
+    while found := client.cancel(request_id):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    assert not found
+
+
+def test_stream_that_outlives_its_sync_client_does_not_hang(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        tokens = client.generate([5, 6], max_tokens=900, ignore_eos=True, request_id="outlived")
+        next(tokens)
+    tokens.close()  # type: ignore[attr-defined]
+    with SyncClient(mesh.gateway.address) as client:
+        assert_ends(client, "outlived")
+
+
 def test_sync_client_that_leaves_the_loop_cancels(mesh: Mesh) -> None:
     with SyncClient(mesh.gateway.address) as client:
         for token in client.generate([5, 6], max_tokens=900, ignore_eos=True, request_id="left"):
             if token.index == 3:
                 break
-        for _ in range(100):
-            if not client.cancel("left"):
-                break
-        assert not client.cancel("left")
+        assert_ends(client, "left")
