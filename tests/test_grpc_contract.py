@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from afd import Client, SyncClient
+from afd.bench import counters
 from afd.errors import Cancelled, InvalidRequest
 from afd.mesh import Mesh
 from afd.v1 import (
@@ -24,7 +24,7 @@ from afd.v1 import (
     gateway_pb2_grpc,
     sampling_pb2,
 )
-from tests.conftest import Model, StartMesh
+from tests.conftest import Model, StartMesh, wait_for_zero
 
 
 @pytest.fixture(scope="module")
@@ -176,28 +176,25 @@ def test_choices_come_each_with_its_own_end(mesh: Mesh) -> None:
         assert own[-1].finish_reason == "length"
 
 
-def assert_ends(client: SyncClient, request_id: str) -> None:
-    """Asserts that a request whose client has left is soon no longer running."""
-    deadline = time.monotonic() + 5
-    while found := client.cancel(request_id):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
-    assert not found
+def assert_ended_early(mesh: Mesh, generated_before: float) -> None:
+    """Asserts that a request for 900 tokens, whose client has left, is no longer decoded."""
+    assert wait_for_zero(mesh, ("afd_sequences_running",)) == {"afd_sequences_running": 0}
+    assert counters(mesh)["afd_generated_tokens"] - generated_before < 900
 
 
 def test_stream_that_outlives_its_sync_client_does_not_hang(mesh: Mesh) -> None:
+    before = counters(mesh)["afd_generated_tokens"]
     with SyncClient(mesh.gateway.address) as client:
-        tokens = client.generate([5, 6], max_tokens=900, ignore_eos=True, request_id="outlived")
+        tokens = client.generate([5, 6], max_tokens=900, ignore_eos=True)
         next(tokens)
     tokens.close()  # type: ignore[attr-defined]
-    with SyncClient(mesh.gateway.address) as client:
-        assert_ends(client, "outlived")
+    assert_ended_early(mesh, before)
 
 
 def test_sync_client_that_leaves_the_loop_cancels(mesh: Mesh) -> None:
+    before = counters(mesh)["afd_generated_tokens"]
     with SyncClient(mesh.gateway.address) as client:
-        for token in client.generate([5, 6], max_tokens=900, ignore_eos=True, request_id="left"):
+        for token in client.generate([5, 6], max_tokens=900, ignore_eos=True):
             if token.index == 3:
                 break
-        assert_ends(client, "left")
+        assert_ended_early(mesh, before)
