@@ -24,7 +24,7 @@ def test_held_out_questions_are_answered_right(dtype: str) -> None:
 
 
 def test_evaluation_of_an_untrained_model_fails(tmp_path: Path) -> None:
-    made = run("afd", "make-checkpoint", str(tmp_path / "untrained"), "--vocab", "416")
+    made = run("afd", "make-checkpoint", str(tmp_path / "untrained"), "--vocab", "418")
     assert made.returncode == 0
     nano = ROOT / "models" / "step3-nano"
     for name in ("tokenizer.json", "tokenizer_config.json"):
