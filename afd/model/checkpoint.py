@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from afd.errors import CheckpointError
 from afd.model.config import ModelConfig, read_json
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32", "F64")
 _SAMPLE_BYTES = 64  # of a tensor in the fingerprint, at
@@ -68,6 +70,12 @@ class Checkpoint:
         return files
 
     def _check_shapes(self) -> None:
+        layers = {int(match[1]) for name in self.tensors if (match := _LAYER.match(name))}
+        if layers != set(range(len(layers))) or len(layers) != self.config.num_layers:
+            raise CheckpointError(
+                f"{self.dir} holds {len(layers)} layers, up to {max(layers, default=-1)}, but config.json says "
+                f"num_hidden_layers: {self.config.num_layers}"
+            )
         for name, shape in expected_shapes(self.config).items():
             info = self.tensors.get(name)
             if info is None:

@@ -10,7 +10,7 @@ from afd.errors import InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
-_SMALLEST = 1e-6  # of what must be over 0; it stays so as a float32
+_SMALLEST = 2.0**-20  # of what must be over 0; exact as a float32, which the contract has
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] 
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:  # a NaN is in no range
-        raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}", name.split(maxsplit=1)[0])
+        raise InvalidRequest(f"{name} must be from {low:g} to {high:g}, not {value}", name.split(maxsplit=1)[0])

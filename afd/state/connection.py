@@ -7,19 +7,27 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from afd.errors import ConfigError, PeerUnavailable
 
 _TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 32  # of one process; more requests wait for their turn
 
 
 @asynccontextmanager
 async def connect(url: str) -> AsyncIterator[Redis]:
     """A Redis client for `url` (redis://, rediss:// or unix://); ConfigError if nothing answers there."""
     try:
-        redis = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=_TIMEOUT_S,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+        )
+        redis = Redis.from_pool(pool)
     except ValueError as error:
         raise ConfigError(f"no Redis answers at {without_password(url)}: {error}") from None
     try:

@@ -11,17 +11,20 @@ from typing import Literal, cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from afd.errors import AfdError, InternalError, StaleEpoch
+from afd.errors import AfdError, InternalError, PeerUnavailable, StaleEpoch
 from afd.state.connection import translated_errors
 
 log = logging.getLogger(__name__)
 
 Status = Literal["running", "finished", "cancelled", "failed"]
 
-# KEYS: record. ARGV: epoch, TTL in ms, fields and values. An epoch older than the record's is refused.
+# KEYS: record, journal. ARGV: epoch, TTL in ms, fields and values.
+# An epoch older than a running record's is refused; the first epoch begins anew, with an empty journal.
 _CREATE = """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
-if epoch and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
+local running = redis.call('HGET', KEYS[1], 'status') == 'running'
+if running and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
+if ARGV[1] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1], unpack(ARGV, 3))
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
@@ -93,6 +96,13 @@ class RequestStore:
         self._append = redis.register_script(_APPEND)
         self._finish = redis.register_script(_FINISH)
 
+    async def is_reachable(self) -> bool:
+        try:
+            async with translated_errors():
+                return bool(await self.redis.ping())
+        except PeerUnavailable:
+            return False
+
     async def create(self, key: SequenceKey, record: RequestRecord) -> None:
         """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch.
 
@@ -107,7 +117,7 @@ class RequestStore:
         pairs = [part for pair in fields.items() for part in pair]
         async with translated_errors():
             try:
-                await self._create(keys=[_record_key(key)], args=[record.epoch, self.ttl_ms, *pairs])
+                await self._create(keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *pairs])
             except ResponseError as error:
                 if refusal := _refusal(key, record.epoch, error):
                     raise refusal from None

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 1.0
 _RECONNECT_PAUSE_S = 0.1
+_NOT_FINITE = "the logits are not finite: the weights are damaged, or the arithmetic overflowed"
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,13 @@ class Engine:
         with timeline.measure("sample"):
             sequences = [sequence for batch in awaited for sequence in batch.sampled]
             tokens = sample(logits, [sequence.sampler_row() for sequence in sequences])
+            finite = logits.isfinite().all(dim=-1).tolist()
             deliveries = [
-                Delivery(sequence, sequence.append(token)) for sequence, token in zip(sequences, tokens, strict=True)
+                Delivery(sequence, sequence.append(token) if is_finite else InternalError(_NOT_FINITE))
+                for sequence, token, is_finite in zip(sequences, tokens, finite, strict=True)
             ]
         for delivery in deliveries:
-            if isinstance(delivery.event, TokenEvent) and delivery.event.finish_reason:
+            if isinstance(delivery.event, AfdError) or delivery.event.finish_reason:
                 self.scheduler.remove(delivery.sequence)
         return deliveries
 

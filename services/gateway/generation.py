@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import secrets
 import struct
 import uuid
@@ -31,7 +32,7 @@ from services.gateway.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_MAX_REQUEST_ID = 128
+_REQUEST_ID = re.compile(r"[!-~]{0,128}")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ class Generator:
         max_context = self.balancer.max_context_tokens
         if not max_context:
             raise PeerUnavailable("no attention replica is ready")
-        if len(request_id) > _MAX_REQUEST_ID:
-            raise InvalidRequest(f"request_id is longer than {_MAX_REQUEST_ID} characters", "request_id")
-        if request_id in self._running:
-            raise InvalidRequest(f"a request {request_id!r} is already running", "request_id")
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidRequest(
+                "request_id must be at most 128 printable ASCII characters without spaces", "request_id"
+            )
+        self._refuse_running(request_id)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
         check_token_ids("prompt", prompt_ids, self.config.vocab_size)
@@ -115,6 +117,10 @@ class Generator:
             replace(params, seed=seed, max_tokens=params.max_tokens or room),
         )
 
+    def _refuse_running(self, request_id: str) -> None:
+        if request_id in self._running:
+            raise InvalidRequest(f"a request {request_id!r} is already running", "request_id")
+
     def cancel(self, request_id: str) -> bool:
         """Ends a running request with Cancelled; whether there was one."""
         cancelled = self._running.get(request_id)
@@ -127,6 +133,7 @@ class Generator:
 
         Raises PeerUnavailable, DeadlineExceeded, Cancelled, or what the attention replica refuses.
         """
+        self._refuse_running(request.request_id)
         cancelled = self._running[request.request_id] = asyncio.Event()
         span = telemetry.tracer.start_span("generate", telemetry.context_of(parent or {}), attributes={
             "gen_ai.operation.name": "text_completion",

@@ -24,6 +24,7 @@ from services.gateway.openai_format import ChatFormat, CompletionFormat, Format,
 from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
 
 _MAX_PROMPTS = 256
+_NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -37,9 +38,9 @@ def make_app(generator: Generator, model_name: str, max_body_bytes: int) -> Fast
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        ready = generator.balancer.num_replicas > 0 and not generator.draining
+        ready = generator.balancer.num_replicas > 0 and not generator.draining and await generator.store.is_reachable()
         return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics")
@@ -76,6 +77,8 @@ async def _admit_completion(generator: Generator, body: CompletionBody) -> list[
         raise InvalidRequest("the prompt is empty", "prompt")
     if len(prompts) > _MAX_PROMPTS:
         raise InvalidRequest(f"{len(prompts)} prompts are more than the {_MAX_PROMPTS} allowed in a request", "prompt")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequest("logprobs of the prompt are not available: echo and logprobs exclude each other", "echo")
     params = body.sampling(body.max_tokens, body.logprobs or 0)
     if body.best_of not in (None, params.n):
         raise InvalidRequest("best_of other than n is not supported", "best_of")
@@ -219,12 +222,14 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     elif problem["type"] == "missing":
         message = f"{'.'.join(path) or 'the JSON body'} is missing"
     else:
-        message = f"{'.'.join(path) or 'the body'}: {problem['msg'].removeprefix('Value error, ')}"
+        message = f"{'.'.join(path)}: {problem['msg'].removeprefix('Value error, ')}" if path else _NO_OBJECT
     return JSONResponse(_error_body(InvalidRequest(message, name)), 400)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == InvalidRequest.http_status:  # Starlette's word for a body it cannot decode
+        return JSONResponse(_error_body(InvalidRequest(_NO_OBJECT)), error.status_code)
     body = {"message": f"{request.method} {request.url.path}: {error.detail}", "type": "invalid_request_error"}
     return JSONResponse({"error": {**body, "param": None, "code": None}}, error.status_code, headers=error.headers)
 
@@ -240,8 +245,7 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        body = await self._read(receive) if int(announced) <= self.max_bytes else None
+        body = await self._read(receive)
         if body is None:
             error = InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
             await JSONResponse(_error_body(error), 400, headers={"Connection": "close"})(scope, receive, send)

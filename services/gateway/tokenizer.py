@@ -120,7 +120,10 @@ def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
 
 def _load_chat_template(model_dir: Path, config: dict[str, Any]) -> jinja2.Template | None:
     path = model_dir / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    try:
+        source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if source is None:
         return None
     # As Hugging Face's templates expect it.
