@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from afd.client import Client, Stream
 from afd.errors import AfdError, ConfigError
-from afd.mesh import MeshOptions, running_mesh, write_ready_file
+from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
@@ -34,14 +34,22 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-Model = Annotated[Path, typer.Option("--model", help="directory of the Hugging Face checkpoint")]
+Model = Annotated[Path, typer.Option("--model", envvar="AFD_MODEL", help="directory of the Hugging Face checkpoint")]
 Attention = Annotated[int, typer.Option(min=1, help="attention replicas")]
-Ffn = Annotated[int, typer.Option(min=0, help="FFN shards; 0 runs the FFN inside the attention process")]
-Microbatches = Annotated[int, typer.Option(min=1, help="parts of the batch that cross the layers independently")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="of weights and arithmetic")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
-Threads = Annotated[int | None, typer.Option(min=1, help="compute threads of each process; default: an even share")]
-StartupTimeout = Annotated[float, typer.Option(min=1, help="longest wait until all is ready, seconds")]
+Ffn = Annotated[
+    int, typer.Option(min=0, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process")
+]
+Microbatches = Annotated[
+    int, typer.Option(min=1, envvar="AFD_MICROBATCHES", help="parts of the batch that cross the layers independently")
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", envvar="AFD_DTYPE", help="of weights and arithmetic")]
+Device = Annotated[str, typer.Option(envvar="AFD_DEVICE", help="cpu, cuda or cuda:N")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, envvar="AFD_THREADS", help="threads of each process; default: an even share")
+]
+StartupTimeout = Annotated[
+    float, typer.Option(min=1, envvar="AFD_STARTUP_TIMEOUT_S", help="longest wait until all is ready, seconds")
+]
 Target = Annotated[str, typer.Option("--target", help="the gateway's gRPC address")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="longest answer, tokens")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
@@ -56,9 +64,11 @@ def up(
     microbatches: Microbatches = 2,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
-    redis: Annotated[str | None, typer.Option(help="URL of a Redis; default: an embedded one")] = None,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 50051,
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    redis: Annotated[
+        str | None, typer.Option(envvar="AFD_REDIS", help="URL of a Redis; default: an embedded one")
+    ] = None,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_GRPC_PORT", help="0: a free one")] = 50051,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_HTTP_PORT", help="0: a free one")] = 8000,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
     ready_file: Annotated[Path | None, typer.Option(help="written when all is ready: addresses and pids, JSON")] = None,
@@ -80,10 +90,11 @@ def up(
     with _until_signalled(), running_mesh(options) as mesh:
         gateway = mesh.gateway
         notes.print(f"ready: gRPC on {gateway.address}, OpenAI API on http://{gateway.http_address}/v1", soft_wrap=True)
-        with write_ready_file(ready_file, mesh) if ready_file else contextlib.nullcontext():
+        with ready_file_of(mesh, ready_file) if ready_file else contextlib.nullcontext():
             while True:
                 time.sleep(_WATCH_S)
-                mesh.watch()
+                if mesh.watch() and ready_file:
+                    write_ready_file(mesh, ready_file)
 
 
 class _Signalled(BaseException):

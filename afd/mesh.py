@@ -22,7 +22,7 @@ from afd.errors import ConfigError
 from afd.model.checkpoint import Checkpoint
 from afd.processes import start_child
 from afd.state.connection import connect, without_password
-from afd.state.embedded import embedded_redis
+from afd.state.embedded import EmbeddedRedis
 from afd.state.registry import Registry, Replica, Role
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,16 @@ class Service:
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         self.process = start_child([sys.executable, "-m", f"services.{self.role}"], environment)
 
+    def keep_ports(self) -> None:
+        """After a restart it is where it was."""
+        assert self.replica is not None
+        addresses = {
+            "grpc_port": self.replica.address,
+            "http_port": self.replica.http_address,
+            "metrics_port": self.replica.metrics_address if self.role != "gateway" else None,
+        }
+        self.settings |= {name: address.rpartition(":")[2] for name, address in addresses.items() if address}
+
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -110,15 +120,18 @@ class Service:
 class Mesh:
     """The running services. `gateway`, `http` and `services` tell where they are."""
 
-    def __init__(self, options: MeshOptions, redis_url: str) -> None:
+    def __init__(self, options: MeshOptions, redis_url: str, embedded: EmbeddedRedis | None = None) -> None:
         self.options = options
         self.redis_url = redis_url
+        self.embedded = embedded
         self.name = os.environ.get("AFD_MESH") or f"up-{uuid.uuid4().hex[:8]}"  # others may share the Redis
         common = {
             "mesh": self.name,
             "model": options.model,
             "redis": redis_url,
             "startup_timeout_s": options.startup_timeout_s,
+            "grpc_port": 0,
+            "metrics_port": 0,
             **options.settings,
         }
         compute = {"dtype": options.dtype, "device": options.device, "threads": options.threads_each}
@@ -128,7 +141,7 @@ class Mesh:
                 Service("ffn", shard, {**common, **compute, "shard": f"{shard}/{options.ffn}"})
                 for shard in range(options.ffn)
             ),
-            *(Service("attention", index, attention) for index in range(options.attention)),
+            *(Service("attention", index, {**attention}) for index in range(options.attention)),
             Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
         ]
 
@@ -143,14 +156,21 @@ class Mesh:
         for service in self.services:
             service.start()
         asyncio.run(self._wait_until_ready())
-
-    def watch(self) -> None:
-        """Starts a service again that has ended by itself."""
         for service in self.services:
-            if not service.alive:
-                log.warning("%s has ended; it is started again", service.replica_id)
-                time.sleep(_RESTART_PAUSE_S)
-                service.start()
+            service.keep_ports()
+
+    def watch(self) -> bool:
+        """Starts again what has ended by itself, on the same ports; whether there was anything."""
+        ended = [service for service in self.services if not service.alive]
+        if self.embedded and not self.embedded.alive:
+            log.warning("the embedded Redis has ended; it is started again, and what it kept is lost")
+            self.embedded.start()
+        if ended:
+            time.sleep(_RESTART_PAUSE_S)
+        for service in ended:
+            log.warning("%s has ended; it is started again", service.replica_id)
+            service.start()
+        return bool(ended)
 
     def stop(self) -> None:
         """Drains and ends every process: gateway first, FFN last."""
@@ -209,22 +229,28 @@ def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
     refuse_unknown_variables(os.environ)
     Checkpoint(options.model)  # what is wrong with it is said once, here, not by every service
     with contextlib.ExitStack() as stack:
-        mesh = Mesh(options, options.redis or stack.enter_context(embedded_redis()))
+        embedded = None if options.redis else stack.enter_context(EmbeddedRedis())
+        mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), embedded)
         stack.callback(mesh.stop)
         mesh.start()
         yield mesh
 
 
 @contextlib.contextmanager
-def write_ready_file(path: Path, mesh: Mesh) -> Iterator[None]:
-    """Appears whole, and is gone after the block. Raises ConfigError if it cannot be written."""
+def ready_file_of(mesh: Mesh, path: Path) -> Iterator[None]:
+    """Tells where the mesh is while the block runs. Raises ConfigError if the file cannot be written."""
+    write_ready_file(mesh, path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def write_ready_file(mesh: Mesh, path: Path) -> None:
+    """It appears whole."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(json.dumps(mesh.ready_file(), indent=2) + "\n")
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"the ready file {path} cannot be written: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from afd.model.transformer import Transformer
 from afd.model.weights import load_all
-from afd.state.embedded import embedded_redis
+from afd.state.embedded import EmbeddedRedis
 
 os.environ.setdefault("AFD_LOG_LEVEL", "warning")
 torch.set_num_threads(1)
@@ -124,6 +124,13 @@ def start_mesh() -> StartMesh:
             yield mesh
 
     return start
+
+
+@contextlib.contextmanager
+def embedded_redis(binary: str | None = None) -> Iterator[str]:
+    """The URL of a redis-server that lives as long as the block."""
+    with EmbeddedRedis(binary) as server:
+        yield server.url
 
 
 @pytest.fixture

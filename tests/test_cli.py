@@ -114,6 +114,31 @@ def test_up_that_is_killed_takes_its_children_along(model: Model, tmp_path: Path
         assert alive == []
 
 
+def test_settings_that_are_options_of_up_are_taken_from_the_environment(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFD_FFN_SHARDS", "2")
+    with running_up(model.path, tmp_path / "ready.json") as (_, ready):
+        assert [entry["shard"] for entry in ready["processes"] if entry["role"] == "ffn"] == ["0/2", "1/2"]
+
+
+def test_service_that_is_started_again_is_where_it_was(model: Model, tmp_path: Path) -> None:
+    with running_up(model.path, tmp_path / "ready.json") as (_, ready):
+        before = {entry["role"]: entry for entry in ready["processes"]}
+        psutil.Process(before["gateway"]["pid"]).kill()
+        deadline = time.monotonic() + 30
+        after = before
+        while after["gateway"]["pid"] == before["gateway"]["pid"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+            after = {entry["role"]: entry for entry in json.loads((tmp_path / "ready.json").read_text())["processes"]}
+        assert after["gateway"]["pid"] != before["gateway"]["pid"]
+        assert after["gateway"]["address"] == before["gateway"]["address"]
+        result = afd("generate", "Once", "--target", ready["grpc"], "--max-tokens", 3)
+        while result.returncode and time.monotonic() < deadline:
+            result = afd("generate", "Once", "--target", ready["grpc"], "--max-tokens", 3)
+        assert result.returncode == 0
+
+
 def test_interrupt_while_starting_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
     command = [*AFD, "up", "--model", str(model.path), "--ffn", "2", "--grpc-port", "0", "--http-port", "0"]
     process = psutil.Popen(command, stderr=subprocess.DEVNULL)

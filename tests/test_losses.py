@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_request_survives_a_lost_ffn_shard_that_comes_back(
 
         tokens = asyncio.run(generate(mesh, 60, {20: lose_a_shard}))
     model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+def test_mesh_goes_on_after_its_embedded_redis_was_killed(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    with start_mesh(make_model(4).path, 1, 1, lease_s=1) as mesh:
+        assert mesh.embedded is not None
+        mesh.embedded.process.kill()
+        mesh.embedded.process.wait()
+        mesh.watch()
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert len(asyncio.run(generate(mesh, 5, {}))) == 5
+                break
+            except PeerUnavailable:
+                assert time.monotonic() < deadline
 
 
 def test_ffn_shard_that_stays_away_ends_requests_with_a_sentence(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,11 @@ BAD_COMPLETIONS: list[tuple[Any, str]] = [
     (completion(temprature=1), "no such parameter: temprature"),
     (completion(suffix="x"), "suffix"),
     (completion(request_id="x" * 1000), "request_id"),
+    (completion(request_id="\ud800"), "request_id"),
+    (completion(request_id="two\nlines"), "request_id"),
+    (completion(echo=True, logprobs=1), "echo"),
+    ("[" * 100_000, "body"),
+    ('{"model": "random-8", "prompt": "x", "seed": ' + "9" * 6000 + "}", "body"),
     (completion(prompt=["x"] * 1000), "1000 prompts"),
 ]
 BAD_CHATS: list[tuple[Any, str]] = [
@@ -306,6 +312,19 @@ def test_bad_request_is_refused_in_a_sentence(api: Api, path: str, body: Any, ex
 def test_streaming_request_is_refused_with_a_status_too(api: Api) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         list(api.complete("x", temperature=-1, stream=True))
+
+
+def test_one_request_may_ask_for_all_the_choices_that_are_allowed(api: Api) -> None:
+    answer = api.complete("1 2", n=128, max_tokens=2, temperature=1, extra_body={"ignore_eos": True})
+    assert [choice.index for choice in answer.choices] == list(range(128))
+
+
+def test_one_request_id_runs_once_at_a_time(api: Api) -> None:
+    body = completion(request_id="twice", prompt=["a", "b"], max_tokens=200, ignore_eos=True)
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(status for status, _ in pool.map(lambda _: api.curl("/v1/completions", body), range(8)))
+    assert statuses[0] == 200
+    assert set(statuses[1:]) <= {200, 400}
 
 
 def test_unknown_model_path_and_method_have_their_status(api: Api) -> None:

@@ -22,9 +22,10 @@ from redis.asyncio import Redis
 from afd.errors import AfdError, ConfigError, PeerUnavailable, StaleEpoch
 from afd.state import connection
 from afd.state.connection import connect, without_password
-from afd.state.embedded import embedded_redis, redis_server_binary
+from afd.state.embedded import redis_server_binary
 from afd.state.registry import Registry, Replica
 from afd.state.requests import JournaledToken, JournalEntry, RequestRecord, RequestStore, SequenceKey
+from tests.conftest import embedded_redis
 
 KEY = SequenceKey("r1")
 RECORD = RequestRecord(prompt_ids=(5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import redis
 
 from afd.errors import ConfigError
 from afd.processes import start_child
 
+_PREFIX = "afd-redis-"
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
 
@@ -32,34 +34,80 @@ def redis_server_binary() -> str:
     return found
 
 
-@contextlib.contextmanager
-def embedded_redis(binary: str | None = None) -> Iterator[str]:
-    """Runs a redis-server that keeps nothing on disk; yields its unix:// URL, and leaves nothing behind."""
-    directory = Path(tempfile.mkdtemp(prefix="afd-redis-"))
-    socket_path = directory / "redis.sock"
-    options = {"port": "0", "unixsocket": str(socket_path), "unixsocketperm": "700", "save": "", "appendonly": "no"}
-    arguments = [part for name, value in {**options, "dir": str(directory)}.items() for part in (f"--{name}", value)]
-    process = start_child([binary or redis_server_binary(), *arguments], os.environ, quiet=True)
-    try:
-        _wait_until_ready(process, socket_path)
-        yield f"unix://{socket_path}"
-    finally:
-        process.terminate()
+class EmbeddedRedis:
+    """A redis-server that keeps nothing on disk; it runs in the `with` block, and leaves nothing behind."""
+
+    def __init__(self, binary: str | None = None) -> None:
+        self.binary = binary or redis_server_binary()
+        _remove_stale_directories()
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._socket = self._directory / "redis.sock"
+        self.url = f"unix://{self._socket}"
+
+    def __enter__(self) -> Self:
         try:
-            process.wait(_STOP_TIMEOUT_S)
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def start(self) -> None:
+        """Starts it, empty, and waits until it answers. Raises ConfigError if it does not."""
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "save": "",
+            "appendonly": "no",
+            "dir": str(self._directory),
+        }
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        self.process = start_child([self.binary, *arguments], os.environ, quiet=True)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while self.alive and time.monotonic() < deadline:
+            if _answers(self._socket):
+                return
+            time.sleep(0.01)
+        raise ConfigError("the embedded redis-server does not start; give --redis URL to use another")
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], socket_path: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    client = redis.Redis(unix_socket_path=str(socket_path))
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(redis.RedisError):
-            client.ping()
-            client.close()
-            return
-        time.sleep(0.01)
-    raise ConfigError("the embedded redis-server does not start; give --redis URL to use another")
+def _answers(path: Path) -> bool:
+    client = redis.Redis(unix_socket_path=str(path))
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+    finally:
+        client.close()
+
+
+def _remove_stale_directories() -> None:
+    """What is left of servers whose parents were killed: nobody listens there any more."""
+    for directory in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            is_old = time.time() - directory.stat().st_mtime > _START_TIMEOUT_S
+            if is_old and not _has_listener(directory / "redis.sock"):
+                shutil.rmtree(directory)
+
+
+def _has_listener(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
