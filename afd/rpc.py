@@ -9,8 +9,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from afd.errors import AfdError, ConfigError, InternalError, error_for_grpc_code
+from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, error_for_grpc_code
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,40 @@ async def aborting(context: Context) -> AsyncIterator[None]:
         await abort(context, InternalError("internal error; the service's log has it"))
 
 
+class _RefuseUndecodable(grpc.aio.ServerInterceptor):
+    """Bytes that are no message are the caller's fault: INVALID_ARGUMENT, and no traceback in the log."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        ours = handler_call_details.method.startswith("/afd.")
+        if handler is None or handler.request_streaming or not ours:
+            return handler
+
+        def decode(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return None
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            await _refuse_undecodable(request, context)
+            async for response in handler.unary_stream(request, context):
+                yield response
+
+        async def unary(request: Any, context: Context) -> Any:
+            await _refuse_undecodable(request, context)
+            return await handler.unary_unary(request, context)
+
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, decode, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, decode, handler.response_serializer)
+
+
+async def _refuse_undecodable(request: Any, context: Context) -> None:
+    if request is None:
+        await abort(context, InvalidRequest("the bytes are no message of this method"))
+
+
 @asynccontextmanager
 async def serving(
     add_services: Callable[[grpc.aio.Server], None], service_names: tuple[str, ...], host: str, port: int
@@ -77,7 +112,7 @@ async def serving(
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[_RefuseUndecodable()])
     add_services(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -107,7 +107,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model_dir: Path) -> Tokenizer:
-    return Tokenizer(model_dir)
+    return Tokenizer(model_dir, 10**6)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -174,7 +174,7 @@ def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:
-    bare = Tokenizer(tmp_path)
+    bare = Tokenizer(tmp_path, 10**6)
     with pytest.raises(InvalidRequest, match="send token ids") as caught:
         encode(bare, "hi")
     assert caught.value.param == "prompt"
@@ -186,7 +186,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path: Path) -> Non
 def test_a_tokenizer_file_that_is_none_stops_the_service(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
-        Tokenizer(tmp_path)
+        Tokenizer(tmp_path, 10**6)
 
 
 # --- chat templates ---
@@ -199,7 +199,7 @@ def make_chat(model_dir: Path, tmp_path: Path) -> MakeChat:
     def make(template: object, **config: object) -> Tokenizer:
         shutil.copy(model_dir / "tokenizer.json", tmp_path)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **config}))
-        return Tokenizer(tmp_path)
+        return Tokenizer(tmp_path, 10**6)
 
     return make
 
@@ -284,3 +284,8 @@ def test_templates_may_leave_a_loop_as_hugging_faces_do(make_chat: MakeChat) -> 
 def test_templates_write_json_as_hugging_faces_do(make_chat: MakeChat) -> None:
     chat = make_chat("{{ messages[0] | tojson }}")
     assert chat.decode(encode_chat(chat, messages("<é>"))) == '{"role": "user", "content": "<é>"}'
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded(model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="more than fit into a context of 8 tokens"):
+        asyncio.run(Tokenizer(model_dir, 8).encode("x" * 1000))

@@ -123,8 +123,9 @@ def test_attention_does_not_trust_the_gateway(mesh: Mesh, request_message: Any) 
 def test_bytes_that_are_no_message_do_not_harm_the_service(mesh: Mesh) -> None:
     with grpc.insecure_channel(mesh.gateway.address) as channel:
         call = channel.unary_stream("/afd.v1.GatewayService/Generate")
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as caught:
             list(call(b"\xff\xff\xff\xff", timeout=5))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         assert len(list(stub.Generate(generate_request(max_tokens=3, ignore_eos=True), timeout=10))) == 4
 

@@ -342,27 +342,6 @@ def test_huge_body_is_refused(api: Api) -> None:
     assert chunked[0] == 400
 
 
-def test_long_prompt_does_not_hold_up_the_others(api: Api) -> None:
-    tokens_meanwhile = 0
-
-    async def run() -> None:
-        nonlocal tokens_meanwhile
-        async with Client(api.grpc) as client:
-            stream = client.generate([5, 6, 7], max_tokens=900, ignore_eos=True)
-            await anext(stream)
-            asking = asyncio.create_task(
-                asyncio.to_thread(api.curl, "/v1/completions", completion(prompt="ab " * 10**6))
-            )
-            async for _ in stream:
-                if asking.done():
-                    break
-                tokens_meanwhile += 1
-            assert (await asking)[0] == 400
-
-    asyncio.run(run())
-    assert tokens_meanwhile > 10
-
-
 def test_bad_requests_do_not_disturb_their_neighbours(api: Api) -> None:
     async def run() -> list[Token]:
         async with Client(api.grpc) as client:

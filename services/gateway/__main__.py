@@ -34,7 +34,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
 async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
     config = ModelConfig.load(settings.model)
     model_name = settings.served_model_name or settings.model.resolve().name
-    tokenizer = Tokenizer(settings.model)
+    tokenizer = Tokenizer(settings.model, config.max_context_tokens)
     async with connect(settings.redis) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         balancer = Balancer(registry, config.digest)

@@ -22,8 +22,12 @@ _LONG_TEXT = 10_000  # characters: a few milliseconds
 class Tokenizer:
     """A model without tokenizer.json can still be asked with token ids; its texts are then empty."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, max_tokens: int) -> None:
+        """`max_tokens` is the model's context: a text that cannot fit is refused before it is encoded."""
+        self.max_tokens = max_tokens
         self._tokenizer = _load_tokenizer(model_dir / "tokenizer.json")
+        vocabulary = self._tokenizer.get_vocab() if self._tokenizer else {}
+        self._longest_token = max(map(len, vocabulary), default=0)  # characters
         config_path = model_dir / "tokenizer_config.json"
         self._config = read_json(config_path) if config_path.exists() else {}
         self._chat_template = _load_chat_template(model_dir, self._config)
@@ -58,6 +62,11 @@ class Tokenizer:
         """A long text is encoded on another thread, so that the streams of others go on meanwhile."""
         backend = self._needed()
         _check_unicode(text)
+        if len(text) > self.max_tokens * self._longest_token:
+            raise InvalidRequest(
+                f"the prompt has {len(text)} characters, more than fit into a context of {self.max_tokens} tokens",
+                "prompt",
+            )
         if len(text) < _LONG_TEXT:
             return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
