@@ -156,6 +156,8 @@ def test_logprobs_come_with_alternatives(api: Api) -> None:
         assert [v for _, v in token.top_logprobs] == sorted((v for _, v in token.top_logprobs), reverse=True)
     logprobs = api.complete("Once", max_tokens=4, logprobs=3).choices[0].logprobs
     assert logprobs.token_logprobs == pytest.approx([token.logprob for token in tokens], abs=1e-5)
+    chunks = list(api.complete("Once", max_tokens=4, logprobs=3, stream=True))
+    assert [offset for chunk in chunks for offset in chunk.choices[0].logprobs.text_offset] == logprobs.text_offset
     content = api.chat("Hi", logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert all(len(entry.top_logprobs) == 2 for entry in content)
 

@@ -7,6 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from services.gateway.generation import Generator, Request, Token
@@ -76,6 +77,10 @@ class CompletionFormat(Format):
     object_whole = object_chunk = "text_completion"
     body: CompletionBody
 
+    def __init__(self, body: CompletionBody, generator: Generator) -> None:
+        super().__init__(body, generator)
+        self._ends: dict[int, int] = {}  # of each choice: where the text of its tokens so far ends
+
     def choice(self, index: int, tokens: Sequence[Token], admitted: Sequence[Request]) -> Json:
         return self._choice(index, tokens, admitted, first=True)
 
@@ -90,7 +95,7 @@ class CompletionFormat(Format):
         choice: Json = {
             "index": index,
             "text": text,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(tokens),
+            "logprobs": None if self.body.logprobs is None else self._logprobs(index, tokens),
             "finish_reason": tokens[-1].finish_reason,
         }
         if self.body.return_token_ids:
@@ -98,9 +103,10 @@ class CompletionFormat(Format):
             choice["prompt_token_ids"] = request.prompt_ids if first else None
         return choice
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Json:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json:
         texts = [self._token_text(token.id) for token in tokens]
-        offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
+        *offsets, end = accumulate(map(len, texts), initial=self._ends.get(index, 0))
+        self._ends[index] = end
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
