@@ -142,7 +142,9 @@ def test_service_that_is_started_again_is_where_it_was(model: Model, tmp_path: P
 def test_interrupt_while_starting_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
     command = [*AFD, "up", "--model", str(model.path), "--ffn", "2", "--grpc-port", "0", "--http-port", "0"]
     process = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
     while len(process.children()) < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     children = process.children(recursive=True)
     process.send_signal(signal.SIGINT)

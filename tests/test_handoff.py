@@ -146,8 +146,9 @@ async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Mode
         for frame in [*frames, shard.frame(frame_id=4, moe=False)]:
             batcher.submit(QueuedFrame(object(), frame, lambda answer, f=frame: answers.update({f.frame_id: answer})))
         batcher.start()
-        while len(answers) < 4:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while len(answers) < 4:
+                await asyncio.sleep(0.01)
         batcher.stop()
         assert [answers[i].num_batch_tokens for i in (1, 2, 3, 4)] == [6, 6, 6, 3]
         assert batcher.counters.num_batches == 2
@@ -258,8 +259,9 @@ async def test_dropped_frame_is_not_computed(model: Model) -> None:
         batcher.drop(mine)
         assert batcher.num_queued == 1
         batcher.start()
-        while not answers:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while not answers:
+                await asyncio.sleep(0.01)
         batcher.stop()
         assert batcher.counters.num_frames == 1
         assert batcher.counters.num_frames_dropped == 2
