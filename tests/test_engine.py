@@ -114,7 +114,7 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
     engine = Engine(
         decoder=Decoder(stack, cache, ffn),
         scheduler=Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), max_sequences=8, prefill_chunk_tokens=16),
-        builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, CPU),
+        builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU),
         num_microbatches=2,
         tracer=StepTracer(0),
         deliver=deliver,

@@ -17,6 +17,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.config import ModelConfig
 from afd.model.ffn import FFNShard
 from afd.model.layers import Rotation, rms_norm
+from afd.model.linear import PlainLinear
 from afd.model.mfa import KVCache
 from afd.model.moe import Router
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
@@ -118,8 +119,8 @@ def scrambled_sequences(
     cache = KVCache.allocate(
         config.num_layers, (sum(num_needed) + 3) * block_size, config.head_dim, dtype, torch.device("cpu")
     )
-    cache.keys.fill_(100.0)
-    cache.values.fill_(100.0)
+    cache.keys.fill_(math.nan)
+    cache.values.fill_(math.nan)
     return sequences, cache
 
 
@@ -127,7 +128,9 @@ def served_logits(model: Served, lengths: list[int], block_size: int, seed: int)
     """(the services' logits, the oracle's) [tokens, V] of each sequence, computed in random chunks side by side."""
     chooser = random.Random(seed)
     sequences, cache = scrambled_sequences(model, lengths, block_size, chooser)
-    builder = MicrobatchBuilder(block_size, model.config.head_dim, model.config.rope_theta, CPU)
+    builder = MicrobatchBuilder(
+        block_size, model.config.head_dim, model.config.rope_theta, model.stack.embedding.dtype, CPU
+    )
     rows: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
     while unfinished := [sequence for sequence in sequences if sequence.num_uncomputed]:
         chosen = [sequence for sequence in unfinished if chooser.random() < 0.8] or unfinished[:1]
@@ -204,7 +207,9 @@ def test_bfloat16_stays_near_float32_at_every_token_where_all_experts_are_chosen
 def test_a_sequence_is_split_over_microbatches_nowhere() -> None:
     model = serve(ModelSizes(vocab_size=50), 1)
     sequences, _ = scrambled_sequences(model, [9, 1, 5, 30], 4, random.Random(0))
-    microbatches = MicrobatchBuilder(4, 16, 1e4, CPU).split([Chunk(s, s.num_uncomputed) for s in sequences], 3)
+    microbatches = MicrobatchBuilder(4, 16, 1e4, torch.float32, CPU).split(
+        [Chunk(s, s.num_uncomputed) for s in sequences], 3
+    )
     assert [batch.slot for batch in microbatches] == [0, 1, 2]
     assert sorted(chunk.num_tokens for batch in microbatches for chunk in batch.chunks) == [1, 5, 9, 30]
     assert sorted(batch.num_tokens for batch in microbatches) == [6, 9, 30]
@@ -273,7 +278,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_router_weighs_by_softmax_over_all_experts(renormalise: bool) -> None:
     weight = torch.tensor([[math.log(1)], [math.log(5)], [math.log(2)], [math.log(2.5)]])
-    routing = Router(weight, 2, renormalise)(torch.ones(1, 1))
+    routing = Router(PlainLinear(weight), 2, renormalise)(torch.ones(1, 1))
     total = 7.5 if renormalise else 10.5
     assert routing.topk_ids.tolist() == [[1, 3]]
     assert routing.topk_weights.tolist()[0] == pytest.approx([5 / total, 2.5 / total])

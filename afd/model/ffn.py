@@ -34,9 +34,7 @@ class MoEFFN:
 
     def __call__(self, x: Tensor, routing: Routing | None) -> Tensor:
         assert routing is not None
-        out = self.shared(x).float()
-        self.experts.add_to(out, x, routing)
-        return out.to(x.dtype)
+        return (self.experts(x, routing) + self.shared(x)).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd.model.linear import Linear
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, computed in float32: x / sqrt(mean(x^2) + eps) * weight."""
@@ -21,32 +23,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary embedding of given positions: cos and sin, [T, d/2] float32, the same for every layer."""
+    """Rotary embedding of given positions, the same for every layer: half-split ("NeoX"), pairs are (i, i + d/2)."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # [T, 1, d] float32
+    sin: Tensor  # [T, 1, d] float32, negative in the first half
 
     @classmethod
     def at(cls, positions: Tensor, head_dim: int, theta: float) -> Rotation:
         """`positions` is [T]; angle of pair i is position * theta^(-2i/d)."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
         angles = positions.float()[:, None] * (1.0 / theta**exponents)  # [T, d/2]
-        return cls(angles.cos(), angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        return cls(torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None])
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Half-split ("NeoX") rotation of x [..., T, heads, d]: pairs are (i, i + d/2)."""
-        cos, sin = self.cos[:, None], self.sin[:, None]  # [T, 1, d/2]
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        """x [..., T, heads, d] rotated by its tokens' positions."""
+        wide = x.float()
+        first, second = wide.chunk(2, dim=-1)
+        return torch.addcmul(wide * self.cos, torch.cat((second, first), dim=-1), self.sin).to(x.dtype)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, I], of [T, 2I]: the gate's columns, then the others."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 @dataclass(frozen=True)
 class SwiGLU:
     """down(silu(gate x) * up x), or the share of it that a slice of the columns contributes."""
 
-    gate_up: Tensor  # [2I, D]: gate above up
-    down: Tensor  # [D, I]
+    gate_up: Linear  # D to 2I
+    down: Linear  # I to D
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)  # [T, I] each
-        return F.linear(F.silu(gate) * up, self.down)  # [T, D]
+        return self.down(gated(self.gate_up(x)))  # [T, D]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.model.layers import Rotation, rms_norm
+from afd.model.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class AttentionBatch:
     rotation: Rotation
     new_slots: Tensor  # [T] where each token's key and value go
     decode_slots: Tensor  # [S, longest L], padded with any slot
-    decode_mask: Tensor  # [S, 1, longest L] bool, False on the padding
+    decode_bias: Tensor  # [S, 1, longest L], 0 on the context and -inf on the padding
     prefill_chunks: tuple[PrefillChunk, ...]
 
 
@@ -55,32 +56,40 @@ class AttentionBatch:
 class MFA:
     head_dim: int
     eps: float
-    qkv_proj: Tensor  # [q_dim + 2d, D]: the low-rank query, key and value projections
+    qkv_proj: Linear  # D to q_dim + 2d: the low-rank query, key and value projections
     inter_norm: Tensor  # [q_dim]
-    wq: Tensor  # [H*d, q_dim]
-    o_proj: Tensor  # [D, H*d]
+    wq: Linear  # q_dim to H*d
+    o_proj: Linear  # H*d to D
 
     def __call__(self, h: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
         """Attention output [T, D] of h [T, D]; writes the new keys and values into the layer's cache [slots, d]."""
-        q, k, v = F.linear(h, self.qkv_proj).split((self.inter_norm.shape[0], self.head_dim, self.head_dim), dim=-1)
-        q = F.linear(rms_norm(q, self.inter_norm, self.eps), self.wq)
-        q = batch.rotation.rotate(q.view(h.shape[0], -1, self.head_dim))  # [T, H, d]
-        keys.index_copy_(0, batch.new_slots, batch.rotation.rotate(k[:, None])[:, 0])
+        q, k, v = self.qkv_proj(h).split((self.inter_norm.shape[0], self.head_dim, self.head_dim), dim=-1)
+        q = self.wq(rms_norm(q, self.inter_norm, self.eps)).view(h.shape[0], -1, self.head_dim)  # [T, H, d]
+        heads = batch.rotation.rotate(torch.cat((q, k[:, None]), dim=1))  # [T, H + 1, d]
+        keys.index_copy_(0, batch.new_slots, heads[:, -1])
         values.index_copy_(0, batch.new_slots, v)
-        return F.linear(_attend(q, keys, values, batch).flatten(1), self.o_proj)
+        return self.o_proj(_attend(heads[:, :-1], keys, values, batch).flatten(1))
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
-    """Core attention [T, H, d]. All query heads share one key head, so in decode they are its query rows."""
-    out = torch.empty_like(q)
+    """Core attention [T, H, d]."""
     num_decoding = batch.decode_slots.shape[0]
-    if num_decoding:
-        out[:num_decoding] = F.scaled_dot_product_attention(
-            q[:num_decoding], keys[batch.decode_slots], values[batch.decode_slots], attn_mask=batch.decode_mask
-        )
-    for chunk in batch.prefill_chunks:
-        rows, context = slice(chunk.start, chunk.stop), chunk.context_slots
-        out[rows] = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1), keys[context], values[context], attn_mask=chunk.mask
-        ).transpose(0, 1)
-    return out
+    parts = [_decode(q[:num_decoding], keys, values, batch)] if num_decoding else []
+    parts += [_prefill(q[chunk.start : chunk.stop], keys, values, chunk) for chunk in batch.prefill_chunks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
+    """[S, H, d]. All query heads share one key head, so they are the rows of one product per sequence."""
+    slots, context = batch.decode_slots.flatten(), (*batch.decode_slots.shape, -1)
+    k, v = keys.index_select(0, slots).view(context), values.index_select(0, slots).view(context)  # [S, L, d]
+    scores = torch.baddbmm(batch.decode_bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # [S, H, L]
+    return torch.bmm(scores.softmax(dim=-1), v)
+
+
+def _prefill(q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
+    """[T, H, d] of one chunk's T tokens."""
+    k, v = keys.index_select(0, chunk.context_slots), values.index_select(0, chunk.context_slots)  # [L, d]
+    heads = (1, q.shape[1], -1, -1)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k.expand(heads), v.expand(heads), chunk.mask)
+    return out[0].transpose(0, 1)

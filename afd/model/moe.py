@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from afd.model.layers import SwiGLU, gated
+from afd.model.linear import MIN_ROWS, Linear
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Routing:
 class Router:
     """Softmax over all experts in float32, then the top K; not renormalised unless the model says so."""
 
-    weight: Tensor  # [E, D]
+    gate: Linear  # D to E
     top_k: int
     renormalise: bool
 
     def __call__(self, x: Tensor) -> Routing:
-        probs = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)  # [T, E]
+        probs = self.gate(x).softmax(dim=-1, dtype=torch.float32)  # [T, E]
         topk_weights, topk_ids = probs.topk(self.top_k, dim=-1)  # [T, K] each
         if self.renormalise:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
@@ -37,24 +39,52 @@ class Router:
 
 
 @dataclass(frozen=True)
+class _Groups:
+    """A place for each pair of a token and one of its experts, so that an expert's rows lie together.
+
+    An expert that has rows has at least MIN_ROWS, the last of them empty.
+    """
+
+    sizes: list[int]  # rows of each expert here
+    pairs: Tensor  # [pairs here] index in [T*K]
+    places: Tensor  # [pairs here] row in the groups
+
+    @classmethod
+    def of(cls, topk_ids: Tensor, first: int, num_experts: int) -> _Groups:
+        """Only the pairs of the experts `first` to `first + num_experts - 1`."""
+        local = topk_ids.flatten().long() - first  # [T*K]
+        pairs = ((local >= 0) & (local < num_experts)).nonzero()[:, 0]
+        experts, order = local[pairs].sort(stable=True)
+        counts = experts.bincount(minlength=num_experts)  # [experts here]
+        sizes = torch.where(counts > 0, counts.clamp(min=MIN_ROWS), 0)
+        empty_before = (sizes.cumsum(0) - sizes) - (counts.cumsum(0) - counts)
+        places = torch.arange(len(pairs), device=local.device) + empty_before[experts]
+        return cls(sizes.tolist(), pairs[order], places)
+
+
+@dataclass(frozen=True)
 class Experts:
     """The routed experts `first`, `first + 1`, ... of a layer."""
 
     first: int
-    gate_up: Tensor  # [experts here, 2I, D]
-    down: Tensor  # [experts here, D, I]
+    experts: list[SwiGLU]
 
-    def add_to(self, out: Tensor, x: Tensor, routing: Routing) -> None:
-        """Adds the weighted outputs of the experts here to out [T, D] float32; x is [T, D]."""
-        num_experts, top_k = self.gate_up.shape[0], routing.topk_ids.shape[1]
-        local = routing.topk_ids.flatten().long() - self.first  # [T*K]
-        order = local.argsort()
-        ids, counts = local[order].unique_consecutive(return_counts=True)
-        start = 0
-        for expert, count in zip(ids.tolist(), counts.tolist(), strict=True):
-            chosen, start = order[start : start + count], start + count
-            if 0 <= expert < num_experts:
-                rows = chosen // top_k
-                gate, up = F.linear(x[rows], self.gate_up[expert]).chunk(2, dim=-1)
-                y = F.linear(F.silu(gate) * up, self.down[expert])
-                out.index_add_(0, rows, y.float() * routing.topk_weights.flatten()[chosen, None])
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum [T, D] float32 of the outputs of the experts here; x is [T, D]."""
+        groups = _Groups.of(routing.topk_ids, self.first, len(self.experts))
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if not any(groups.sizes):
+            return out
+        tokens = groups.pairs // routing.topk_ids.shape[1]
+        grouped = x.new_zeros(sum(groups.sizes), x.shape[1]).index_copy_(0, groups.places, x[tokens])
+        weights = routing.topk_weights.flatten()[groups.pairs]  # [pairs here]
+        y = self._each(grouped, groups.sizes)[groups.places].float() * weights[:, None]
+        return out.index_add_(0, tokens, y)
+
+    def _each(self, grouped: Tensor, sizes: list[int]) -> Tensor:
+        """Every expert's output for its own rows."""
+        active = [(expert, size) for expert, size in zip(self.experts, sizes, strict=True) if size]
+        rows = grouped.split([size for _, size in active])
+        gate_up = torch.cat([expert.gate_up(x) for (expert, _), x in zip(active, rows, strict=True)])
+        hidden = gated(gate_up).split([size for _, size in active])
+        return torch.cat([expert.down(x) for (expert, _), x in zip(active, hidden, strict=True)])

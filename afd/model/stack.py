@@ -12,6 +12,7 @@ from torch import Tensor
 
 from afd.model.config import ModelConfig
 from afd.model.layers import rms_norm
+from afd.model.linear import Linear
 from afd.model.mfa import MFA, AttentionBatch
 from afd.model.moe import Router, Routing
 
@@ -42,7 +43,7 @@ class AttentionStack:
     embedding: Tensor  # [V, D]
     layers: list[AttentionLayer]
     final_norm: Tensor  # [D]
-    lm_head: Tensor  # [V, D]
+    lm_head: Linear  # D to V
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, self.embedding)  # [T, D]
@@ -50,4 +51,4 @@ class AttentionStack:
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [T, V] float32."""
         normed = rms_norm(hidden_states, self.final_norm, self.config.rms_norm_eps)
-        return F.linear(normed, self.lm_head).float()
+        return self.lm_head(normed).float()

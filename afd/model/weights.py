@@ -15,6 +15,7 @@ from afd.errors import CheckpointError
 from afd.model.checkpoint import Checkpoint, expected_shapes
 from afd.model.ffn import DenseFFN, FFNShard, MoEFFN
 from afd.model.layers import SwiGLU
+from afd.model.linear import make_linear
 from afd.model.mfa import MFA
 from afd.model.moe import Experts, Router
 from afd.model.stack import AttentionLayer, AttentionStack
@@ -52,7 +53,8 @@ class WeightReader:
     def read_swiglu(self, prefix: str, columns: slice) -> SwiGLU:
         gate = self.read(prefix + "gate_proj.weight", columns)
         up = self.read(prefix + "up_proj.weight", columns)
-        return SwiGLU(torch.cat((gate, up)), self.read(prefix + "down_proj.weight", slice(None), columns))
+        down = self.read(prefix + "down_proj.weight", slice(None), columns)
+        return SwiGLU(make_linear(torch.cat((gate, up))), make_linear(down))
 
 
 def shard_slice(size: int, shard: int, num_shards: int) -> slice:
@@ -81,7 +83,7 @@ def load_attention(
             embedding=reader.read("model.embed_tokens.weight"),
             layers=layers,
             final_norm=reader.read("model.norm.weight"),
-            lm_head=reader.read("lm_head.weight"),
+            lm_head=make_linear(reader.read("lm_head.weight")),
         )
 
 
@@ -97,12 +99,12 @@ def _attention_layer(reader: WeightReader, layer_idx: int) -> AttentionLayer:
         attention=MFA(
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
-            qkv_proj=torch.cat(qkv),
+            qkv_proj=make_linear(torch.cat(qkv)),
             inter_norm=reader.read(attn + "inter_norm.weight"),
-            wq=reader.read(attn + "wq.weight"),
-            o_proj=reader.read(attn + "o_proj.weight"),
+            wq=make_linear(reader.read(attn + "wq.weight")),
+            o_proj=make_linear(reader.read(attn + "o_proj.weight")),
         ),
-        router=Router(reader.read(prefix + "moe.gate.weight"), config.top_k, config.norm_expert_weight)
+        router=Router(make_linear(reader.read(prefix + "moe.gate.weight")), config.top_k, config.norm_expert_weight)
         if config.is_moe(layer_idx)
         else None,
     )
@@ -140,4 +142,5 @@ def load_ffn_shard(
 
 def _experts(reader: WeightReader, prefix: str, owned: slice) -> Experts:
     gate, up, down = (reader.read(f"{prefix}{name}_proj.weight", owned) for name in ("gate", "up", "down"))
-    return Experts(first=owned.start, gate_up=torch.cat((gate, up), dim=1), down=down)
+    experts = zip(torch.cat((gate, up), dim=1), down, strict=True)
+    return Experts(owned.start, [SwiGLU(make_linear(gate_up), make_linear(down)) for gate_up, down in experts])

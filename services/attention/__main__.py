@@ -64,7 +64,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
                 BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
             ),
             builder=MicrobatchBuilder(
-                settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, device
+                settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, dtype, device
             ),
             num_microbatches=settings.microbatches if settings.ffn_shards else 1,  # in-process nothing overlaps
             tracer=tracer,

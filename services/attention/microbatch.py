@@ -43,6 +43,7 @@ class MicrobatchBuilder:
     block_size: int
     head_dim: int
     rope_theta: float
+    dtype: torch.dtype
     device: torch.device
 
     def split(self, chunks: list[Chunk], num_microbatches: int) -> list[Microbatch]:
@@ -75,7 +76,7 @@ class MicrobatchBuilder:
             if chunk.ends_sequence:
                 sampled.append(sequence)
                 sampled_rows.append(len(token_ids) - 1)
-        decode_slots, decode_mask = self._decode_context([chunk.sequence for chunk in ordered[:num_decoding]])
+        decode_slots, decode_bias = self._decode_context([chunk.sequence for chunk in ordered[:num_decoding]])
         return Microbatch(
             slot=slot,
             chunks=ordered,
@@ -84,7 +85,7 @@ class MicrobatchBuilder:
                 rotation=Rotation.at(self._tensor(positions), self.head_dim, self.rope_theta),
                 new_slots=self._tensor(new_slots),
                 decode_slots=decode_slots,
-                decode_mask=decode_mask,
+                decode_bias=decode_bias,
                 prefill_chunks=tuple(prefill_chunks),
             ),
             sampled=sampled,
@@ -96,17 +97,20 @@ class MicrobatchBuilder:
         return [block_table[position // size] * size + position % size for position in range(start, stop)]
 
     def _decode_context(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-        """Slots [S, longest] of each sequence's whole context, padded, and the mask of what is not padding."""
-        lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])
+        """Slots [S, longest] of each sequence's whole context, and the bias that hides the padding.
+
+        The padding is a sequence's own last slot: nothing of another one's, not even a NaN, can reach it.
+        """
+        lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])[:, None]
         longest = int(lengths.max()) if sequences else 0
         num_blocks = -(-longest // self.block_size)
-        tables = self._tensor([(sequence.block_table + [0] * num_blocks)[:num_blocks] for sequence in sequences]).view(
-            len(sequences), num_blocks, 1
-        )
-        offsets = torch.arange(self.block_size, device=self.device)
-        slots = (tables * self.block_size + offsets).flatten(1)[:, :longest]
-        mask = torch.arange(longest, device=self.device) < lengths[:, None]
-        return slots, mask[:, None]
+        tables = [(sequence.block_table + [0] * num_blocks)[:num_blocks] for sequence in sequences]
+        everywhere = torch.arange(longest, device=self.device)
+        positions = everywhere.minimum(lengths - 1)  # [S, longest]
+        blocks = self._tensor(tables).view(len(sequences), num_blocks).gather(1, positions // self.block_size)
+        bias = torch.zeros(positions.shape, dtype=self.dtype, device=self.device)
+        bias.masked_fill_(everywhere >= lengths, float("-inf"))
+        return blocks * self.block_size + positions % self.block_size, bias[:, None]
 
     def _prefill_chunk(self, sequence: Sequence, row: int, start: int, stop: int) -> PrefillChunk:
         positions = torch.arange(stop, device=self.device)
