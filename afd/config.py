@@ -72,6 +72,9 @@ class ComputeSettings(ServiceSettings):
     dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
     device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
+    handoff_spin_us: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        20_000, description="how long a side looks out for the other one, giving way to others, before it sleeps"
+    )
 
 
 class AttentionSettings(ComputeSettings):
@@ -80,6 +83,12 @@ class AttentionSettings(ComputeSettings):
     )
     microbatches: Count = Field(
         2, description="parts of the batch that cross the layers independently; without FFN shards it is 1"
+    )
+    handoff: Literal["auto", "shm", "inline"] = Field(
+        "auto", description="how tensors cross: shm or inline and nothing else, or the fastest that a pair has"
+    )
+    handoff_dtype: Literal["model", "fp8"] = Field(
+        "model", description="of tensors on their way: the model's, or fp8 to the FFN and bfloat16 back"
     )
     max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
     prefill_chunk_tokens: Count = Field(512, description="prompt tokens computed in one step, all sequences together")

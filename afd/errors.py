@@ -8,7 +8,8 @@ AfdError
 ├── PeerUnavailable     a peer is gone; safe to retry elsewhere     UNAVAILABLE           503
 ├── DeadlineExceeded    the time budget is spent                    DEADLINE_EXCEEDED     504
 ├── Mismatch            two parts that do not belong together       FAILED_PRECONDITION   500
-│   └── StaleEpoch      the caller no longer owns what it writes
+│   ├── StaleEpoch      the caller no longer owns what it writes
+│   └── TransportUnavailable  a pair cannot move its tensors so
 ├── ConfigError         a setting, file or port that cannot work    (ends the process)
 │   └── CheckpointError a model directory that cannot be served
 └── InternalError       a fault of ours                             INTERNAL              500
@@ -78,6 +79,10 @@ class Mismatch(AfdError):
 
 class StaleEpoch(Mismatch):
     """A newer owner has taken over what the caller tried to write."""
+
+
+class TransportUnavailable(Mismatch):
+    """This attention-FFN pair cannot move its tensors in the way that was asked for; another one may do."""
 
 
 class ConfigError(AfdError):

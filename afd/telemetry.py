@@ -103,16 +103,27 @@ class TimedFrame(Protocol):
     def traceparent(self) -> str: ...
 
 
-def record_ffn_spans(frame: TimedFrame, shard: int, queue_ns: int, compute_ns: int, num_batch_tokens: int) -> None:
+class FrameTiming(Protocol):
+    """How long the FFN had it."""
+
+    @property
+    def queue_ns(self) -> int: ...
+
+    @property
+    def compute_ns(self) -> int: ...
+
+    @property
+    def num_batch_tokens(self) -> int: ...
+
+
+def record_ffn_spans(frame: TimedFrame, shard: int, timing: FrameTiming) -> None:
     """The FFN's part of a sampled step, under the step's span: how long the frame was queued, and its computation."""
-    if not frame.traceparent:
-        return
     context = context_of({"traceparent": frame.traceparent})
     end = clock_ns(time.perf_counter_ns())
-    attributes = {"afd.layer_idx": frame.layer_idx, "afd.shard": shard, "afd.num_batch_tokens": num_batch_tokens}
+    attributes = {"afd.layer_idx": frame.layer_idx, "afd.shard": shard, "afd.num_batch_tokens": timing.num_batch_tokens}
     for name, start_ns, end_ns in (
-        ("ffn.queue", end - compute_ns - queue_ns, end - compute_ns),
-        ("ffn.compute", end - compute_ns, end),
+        ("ffn.queue", end - timing.compute_ns - timing.queue_ns, end - timing.compute_ns),
+        ("ffn.compute", end - timing.compute_ns, end),
     ):
         tracer.start_span(name, context, start_time=start_ns, attributes=attributes).end(end_ns)
 

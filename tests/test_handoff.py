@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,23 +16,79 @@ import grpc.aio
 import pytest
 import torch
 
-from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable
-from afd.handoff.frame import Crossing, Frame
+from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.handoff.control import ControlStream
+from afd.handoff.fp8 import FP8
+from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
 from afd.handoff.handshake import topology
-from afd.handoff.inline import InlineTransport, frame_to_proto
-from afd.handoff.remote import RemoteFFN
+from afd.handoff.inline import frame_to_proto
+from afd.handoff.negotiate import LADDER, TransportName, connect_pair
+from afd.handoff.remote import RemoteFFN, Transport
+from afd.handoff.shm import DIRECTORY, SharedRegion, ShmTransport, open_region, sweep
+from afd.handoff.slots import FrameSlots, SlotShape
+from afd.handoff.tensors import dtype_to_proto
 from afd.model.checkpoint import Checkpoint
 from afd.model.moe import Routing
 from afd.model.weights import load_ffn_shard
 from afd.rpc import serving
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
-from services.ffn.batcher import Batcher, QueuedFrame
+from services.ffn.batcher import Batcher
 from services.ffn.servicer import FfnServicer
 from tests.conftest import Model
 
 CPU = torch.device("cpu")
 MAX_FRAME_TOKENS = 64
+NUM_SLOTS = 3
+
+each_transport = pytest.mark.parametrize("kind", list(LADDER))
+
+
+@dataclass
+class Pair:
+    """A transport and the slots that its frames lie in."""
+
+    transport: Transport
+    frames: FrameSlots
+
+    async def send(self, frame: Frame) -> None:
+        self.frames.write(frame)
+        await asyncio.to_thread(self.transport.send, frame)
+
+    async def receive(self, frame: Frame, timeout_s: float = 5.0) -> FrameOutput:
+        return await asyncio.to_thread(self.transport.receive, frame, timeout_s)
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+class StubEndpoint:
+    """A pair without a network: frames are put in, answers are looked up."""
+
+    def __init__(self, *frames: Frame) -> None:
+        self.arriving = list(frames)
+        self.awaited = {frame.frame_id for frame in frames}
+        self.answers: dict[int, tuple[torch.Tensor, Timing]] = {}
+        self.is_closed = False
+
+    def poll(self) -> list[Frame]:
+        arrived, self.arriving = self.arriving, []
+        return arrived
+
+    def awaits(self, frame: Frame) -> bool:
+        return frame.frame_id in self.awaited
+
+    def buffer(self, frame: Frame) -> torch.Tensor:
+        return torch.empty_like(frame.ffn_input)
+
+    def reply(self, frame: Frame, ffn_output: torch.Tensor, timing: Timing) -> None:
+        self.answers[frame.frame_id] = ffn_output, timing
+
+    def refuse(self, frame_id: int, error: AfdError) -> None:
+        raise AssertionError(error)
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 @dataclass
@@ -43,14 +101,43 @@ class Shard:
     shard: int
     num_shards: int
 
-    def hello(self, **changes: Any) -> pb.Hello:
+    def hello(self, frame_dtype: torch.dtype = torch.float32, **changes: Any) -> pb.Hello:
         ours = topology(self.checkpoint.config, self.checkpoint.fingerprint, torch.float32, self.shard, self.num_shards)
         for name, value in changes.items():
             setattr(ours, name, value)
-        return pb.Hello(replica_id="test", topology=ours)
+        return pb.Hello(
+            replica_id="test",
+            topology=ours,
+            frame_dtype=dtype_to_proto(frame_dtype),
+            output_dtype=dtype_to_proto(torch.bfloat16 if frame_dtype is FP8 else torch.float32),
+            spin_us=1000,
+            num_slots=NUM_SLOTS,
+            max_tokens=MAX_FRAME_TOKENS,
+        )
 
-    async def connect(self, **changes: Any) -> InlineTransport:
-        return await asyncio.to_thread(InlineTransport, self.address, self.hello(**changes), torch.float32, CPU)
+    def frames(self, frame_dtype: torch.dtype = torch.float32) -> FrameSlots:
+        config = self.checkpoint.config
+        shape = SlotShape(
+            NUM_SLOTS,
+            MAX_FRAME_TOKENS,
+            config.hidden_size,
+            config.top_k,
+            torch.float32,
+            frame_dtype,
+            torch.bfloat16 if frame_dtype is FP8 else torch.float32,
+        )
+        return FrameSlots(SharedRegion(NUM_SLOTS * shape.frame_stride), shape)
+
+    async def connect(
+        self, kind: TransportName = "inline", frame_dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> Pair:
+        frames = self.frames(frame_dtype)
+        try:
+            transport = await asyncio.to_thread(LADDER[kind], self.address, self.hello(frame_dtype, **changes), frames)
+            return Pair(transport, frames)
+        finally:
+            assert isinstance(frames.region, SharedRegion)
+            frames.region.unlink()
 
     def layer(self, moe: bool) -> int:
         config = self.checkpoint.config
@@ -64,7 +151,7 @@ class Shard:
             torch.rand((num_tokens, config.top_k), generator=generator),
         )
         ffn_input = torch.randn((num_tokens, config.hidden_size), generator=generator)
-        return Frame(frame_id, self.layer(moe), ffn_input, routing if moe else None)
+        return Frame(frame_id, 0, self.layer(moe), ffn_input, routing if moe else None)
 
     def expected(self, frame: Frame) -> torch.Tensor:
         return self.servicer.batcher.shard(frame.layer_idx, frame.ffn_input, frame.routing)
@@ -74,14 +161,15 @@ class Shard:
 async def running_shard(model: Model, shard: int = 0, num_shards: int = 1) -> AsyncIterator[Shard]:
     checkpoint = Checkpoint(model.path)
     loaded = load_ffn_shard(checkpoint, shard, num_shards, torch.float32, CPU, lambda done, total: None)
-    batcher = Batcher(loaded, MAX_FRAME_TOKENS)
+    batcher = Batcher(loaded, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
     batcher.start()
     welcome = pb.Welcome(
         replica_id="ffn",
         topology=topology(checkpoint.config, checkpoint.fingerprint, torch.float32, shard, num_shards),
         max_frame_tokens=MAX_FRAME_TOKENS,
+        spin_us=1000,
     )
-    servicer = FfnServicer(batcher, welcome, torch.float32, CPU)
+    servicer = FfnServicer(batcher, welcome, torch.float32)
 
     def add(server: grpc.aio.Server) -> None:
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
@@ -110,27 +198,62 @@ def model(make_model: Callable[[int], Model]) -> Model:
 @dataclass
 class Batch:
     slot: int
+    num_tokens: int
     crossings: list[Crossing]
 
 
+@each_transport
 @pytest.mark.parametrize("moe", [True, False])
-async def test_frame_comes_back_as_the_shards_partial_sum(model: Model, moe: bool) -> None:
+async def test_frame_comes_back_as_the_shards_partial_sum(model: Model, moe: bool, kind: TransportName) -> None:
     async with running_shard(model) as shard:
-        transport = await shard.connect()
+        pair = await shard.connect(kind)
         frame = shard.frame(moe=moe)
-        await asyncio.to_thread(transport.send, frame)
-        output = await asyncio.to_thread(transport.receive, frame.frame_id, 5.0)
+        await pair.send(frame)
+        output = await pair.receive(frame)
         assert torch.equal(output.ffn_output, shard.expected(frame))
-        assert output.compute_ns > 0
-        transport.close()
+        assert output.timing.compute_ns > 0
+        pair.close()
+
+
+@each_transport
+async def test_fp8_frames_are_half_the_bytes_and_nearly_the_same(model: Model, kind: TransportName) -> None:
+    async with running_shard(model) as shard:
+        pair = await shard.connect(kind, FP8)
+        frame = shard.frame(num_tokens=40)
+        await pair.send(frame)
+        output = (await pair.receive(frame)).ffn_output
+        assert output.dtype is torch.bfloat16
+        expected = shard.expected(frame)
+        assert 0 < (output.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+        pair.close()
+
+
+@each_transport
+async def test_frames_of_all_sizes_and_slots_follow_one_another(model: Model, kind: TransportName) -> None:
+    async with running_shard(model) as shard:
+        pair = await shard.connect(kind)
+        for number in range(1, 40):
+            frame = replace(shard.frame(number, num_tokens=1 + number * 7 % MAX_FRAME_TOKENS), slot=number % NUM_SLOTS)
+            await pair.send(frame)
+            assert torch.equal((await pair.receive(frame)).ffn_output, shard.expected(frame))
+        pair.close()
 
 
 async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
     async with contextlib.AsyncExitStack() as stack:
         shards = [await stack.enter_async_context(running_shard(model, i, 3)) for i in range(3)]
         whole = await stack.enter_async_context(running_shard(model))
-        ffn = RemoteFFN([await shard.connect() for shard in shards], timeout_s=5.0)
-        frame, batch = whole.frame(), Batch(0, [])
+        frames = whole.frames()
+        pairs = [
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, kind)
+            for shard, kind in zip(shards, ("shm", "inline", "auto"), strict=True)
+        ]
+        ffn = RemoteFFN([transport for transport, _ in pairs], frames, CPU, timeout_s=5.0)
+        assert isinstance(frames.region, SharedRegion)
+        frames.region.unlink()
+        assert [transport.name for transport in ffn.transports][:2] == ["shm", "inline"]
+        frame = whole.frame()
+        batch = Batch(0, frame.num_tokens, [])
         await asyncio.to_thread(ffn.send, batch, frame.layer_idx, frame.ffn_input, frame.routing)
         total = await asyncio.to_thread(ffn.receive, batch)
         torch.testing.assert_close(total, whole.expected(frame), atol=1e-5, rtol=1e-5)
@@ -140,20 +263,22 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
 
 async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Model) -> None:
     async with running_shard(model) as shard:
-        answers: dict[int, Any] = {}
-        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS)
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
         frames = [shard.frame(frame_id=i, num_tokens=i) for i in (1, 2, 3)]
-        for frame in [*frames, shard.frame(frame_id=4, moe=False)]:
-            batcher.submit(QueuedFrame(object(), frame, lambda answer, f=frame: answers.update({f.frame_id: answer})))
+        replicas = [StubEndpoint(frames[0]), StubEndpoint(*frames[1:], shard.frame(frame_id=4, moe=False))]
+        for replica in replicas:
+            batcher.attach(replica)
         batcher.start()
+        answers: dict[int, tuple[torch.Tensor, Timing]] = {}
         async with asyncio.timeout(10):
             while len(answers) < 4:
                 await asyncio.sleep(0.01)
+                answers = replicas[0].answers | replicas[1].answers
         batcher.stop()
-        assert [answers[i].num_batch_tokens for i in (1, 2, 3, 4)] == [6, 6, 6, 3]
+        assert [answers[i][1].num_batch_tokens for i in (1, 2, 3, 4)] == [6, 6, 6, 3]
         assert batcher.counters.num_batches == 2
         for frame in frames:
-            torch.testing.assert_close(answers[frame.frame_id].ffn_output, shard.expected(frame), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(answers[frame.frame_id][0], shard.expected(frame), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +313,16 @@ async def test_stream_without_a_hello_is_refused(model: Model) -> None:
 
 async def test_nobody_at_the_address_is_an_error_in_bounded_time() -> None:
     with pytest.raises(PeerUnavailable):
-        await asyncio.to_thread(InlineTransport, "127.0.0.1:1", pb.Hello(), torch.float32, CPU)
+        await asyncio.to_thread(ControlStream, "127.0.0.1:1", pb.Hello())
+
+
+def encoded(frame: Frame) -> pb.Frame:
+    return frame_to_proto(frame, torch.float32)
 
 
 def bad_frames(shard: Shard) -> dict[str, pb.Frame]:
     """Frames that cannot be, by the words of their refusal."""
-    moe, dense = frame_to_proto(shard.frame()), frame_to_proto(shard.frame(moe=False))
+    moe, dense = encoded(shard.frame()), encoded(shard.frame(moe=False))
 
     def changed(frame: pb.Frame, change: Callable[[pb.Frame], Any]) -> pb.Frame:
         copy = pb.Frame()
@@ -219,7 +348,7 @@ def bad_frames(shard: Shard) -> dict[str, pb.Frame]:
             moe, lambda f: setattr(f.topk_ids, "inline", b"\xff" * len(f.topk_ids.inline))
         ),
         "dense, but the frame chooses experts": changed(dense, lambda f: f.topk_ids.CopyFrom(moe.topk_ids)),
-        "65 tokens": frame_to_proto(shard.frame(num_tokens=MAX_FRAME_TOKENS + 1)),
+        "65 tokens": encoded(shard.frame(num_tokens=MAX_FRAME_TOKENS + 1)),
     }
 
 
@@ -233,64 +362,185 @@ async def test_bad_frame_is_refused_and_the_stream_goes_on(model: Model) -> None
             assert words in error.message
         await call.write(pb.ConnectRequest())
         assert (await call.read()).frame_error.message == "a frame was expected"
-        await call.write(pb.ConnectRequest(frame=frame_to_proto(shard.frame(frame_id=2))))
+        await call.write(pb.ConnectRequest(frame=encoded(shard.frame(frame_id=2))))
         assert (await call.read()).output.frame_id == 2
-        assert shard.servicer.num_frames_refused == len(bad_frames(shard))
+        assert shard.servicer.num_frames_refused == len(bad_frames(shard)) + 1
 
 
-async def test_refused_frame_is_an_error_for_its_sender(model: Model) -> None:
+@each_transport
+async def test_refused_frame_is_an_error_for_its_sender_and_the_pair_goes_on(model: Model, kind: TransportName) -> None:
     async with running_shard(model) as shard:
-        transport = await shard.connect()
-        await asyncio.to_thread(transport.send, shard.frame(num_tokens=MAX_FRAME_TOKENS + 1))
-        with pytest.raises(InternalError, match="from 1 to 64 are allowed"):
-            await asyncio.to_thread(transport.receive, 1, 5.0)
+        pair = await shard.connect(kind)
+        bad, good = replace(shard.frame(1), layer_idx=1000), shard.frame(2)
+        await pair.send(bad)
+        with pytest.raises(InternalError, match="layer 1000 does not exist"):
+            await pair.receive(bad)
+        await pair.send(good)
+        assert torch.equal((await pair.receive(good)).ffn_output, shard.expected(good))
+        pair.close()
+
+
+def damage(frames: FrameSlots, offset: int, damaged: bytes) -> None:
+    """Overwrites some of the first slot after its frame was written."""
+    frames.region.memory[offset : offset + len(damaged)] = damaged
+
+
+@pytest.mark.parametrize(
+    ("offset", "damaged", "words"),
+    [
+        (8, b"\1\0\0\0\0\0\0\0", "says it has 1 bytes, but 3 tokens take"),
+        (16, b"\xff\xff\xff\xff", "layer -1 does not exist"),
+        (20, b"\0\0\0\0", "has 0 tokens"),
+        (20, b"\xff\xff\xff\xff", "has 4294967295 tokens"),
+        (24, b"\0\0\0\0", "has experts, but the frame chooses none"),
+        (128, b"\xff\xff\xff\x7f", "expert 2147483647 does not exist"),
+        (128, b"\xff\xff\xff\xff", "expert -1 does not exist"),
+    ],
+)
+async def test_damaged_slot_is_refused_and_the_pair_goes_on(
+    model: Model, offset: int, damaged: bytes, words: str
+) -> None:
+    async with running_shard(model) as shard:
+        pair, bad, good = await shard.connect("shm"), shard.frame(1), shard.frame(2)
+        pair.frames.write(bad)
+        pair.frames.withdraw(0)
+        damage(pair.frames, offset, damaged)
+        pair.frames.region.words[0] = bad.frame_id
+        with pytest.raises(InternalError, match=words):
+            await pair.receive(bad)
+        await pair.send(good)
+        assert torch.equal((await pair.receive(good)).ffn_output, shard.expected(good))
+        assert shard.servicer.num_frames_refused == 1
+        pair.close()
+
+
+async def test_late_answer_to_an_older_frame_is_not_taken_for_the_awaited_one(model: Model) -> None:
+    async with running_shard(model) as shard:
+        pair, frame = await shard.connect("shm"), shard.frame(7)
+        assert isinstance(pair.transport, ShmTransport)
+        pair.transport.answers.post(shard.frame(6), Timing(0, 0, 3))
+        with pytest.raises(PeerUnavailable, match="in time"):
+            await pair.receive(frame, 0.05)
+        pair.transport.answers.post(shard.frame(7, num_tokens=5), Timing(0, 0, 3))
+        with pytest.raises(InternalError, match="the answer has 5 tokens"):
+            await pair.receive(frame, 0.05)
+        pair.close()
+
+
+async def test_no_shared_memory_is_left_behind(model: Model) -> None:
+    before = set(DIRECTORY.iterdir())
+    async with running_shard(model) as shard:
+        pair = await shard.connect("shm")
+        assert set(DIRECTORY.iterdir()) == before
+        pair.close()
+        with pytest.raises(Mismatch):
+            await shard.connect("shm", hidden_size=7168)
+    assert set(DIRECTORY.iterdir()) == before
+
+
+async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with running_shard(model) as shard:
+        frames = shard.frames()
+        monkeypatch.setattr("afd.handoff.shm.DIRECTORY", tmp_path)  # the endpoint looks here; the file is elsewhere
+        with pytest.raises(ConfigError, match=r"AFD_HANDOFF=shm cannot be had .* cannot open .* another host"):
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm")
+        transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto")
+        assert (transport.name, rung.transport) == ("inline", "inline")
         transport.close()
+        monkeypatch.undo()
+        assert isinstance(frames.region, SharedRegion)
+        frames.region.unlink()
+
+
+def test_full_shared_memory_is_a_sentence(tmp_path: Path) -> None:
+    before = set(DIRECTORY.iterdir())
+    with pytest.raises(TransportUnavailable, match=r"no room for .*--shm-size"):
+        SharedRegion(1 << 50)
+    assert set(DIRECTORY.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "afd-", "afd-" + "0" * 31 + "/", ""])
+def test_only_names_of_shared_memory_are_opened(name: str) -> None:
+    with pytest.raises(TransportUnavailable, match="not one of shared memory"):
+        open_region(name, 4096, writable=True)
+
+
+def test_memory_of_another_size_is_declined() -> None:
+    region = SharedRegion(8192)
+    with pytest.raises(TransportUnavailable, match="has 8192 bytes, not 4096"):
+        open_region(region.name, 4096, writable=False)
+    region.unlink()
+
+
+def test_sweep_removes_what_a_killed_process_left_and_nothing_else() -> None:
+    old, young = SharedRegion(4096), SharedRegion(4096)
+    long_ago = time.time() - 3600
+    os.utime(DIRECTORY / old.name, (long_ago, long_ago))
+    sweep()
+    names = {path.name for path in DIRECTORY.iterdir()}
+    assert old.name not in names
+    assert young.name in names
+    young.unlink()
 
 
 async def test_dropped_frame_is_not_computed(model: Model) -> None:
     async with running_shard(model) as shard:
-        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS)
-        answers: list[AfdError | Any] = []
-        mine, other = object(), object()
-        for stream, frame_id in ((mine, 1), (mine, 2), (other, 1)):
-            batcher.submit(QueuedFrame(stream, shard.frame(frame_id), answers.append))
-        batcher.drop(mine, 1)
-        assert batcher.num_queued == 2
-        batcher.drop(mine)
-        assert batcher.num_queued == 1
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
+        mine, other = StubEndpoint(shard.frame(1), shard.frame(2)), StubEndpoint(shard.frame(3))
+        mine.awaited.discard(1)
+        batcher.attach(mine)
+        batcher.attach(other)
         batcher.start()
         async with asyncio.timeout(10):
-            while not answers:
+            while not (mine.answers and other.answers):
                 await asyncio.sleep(0.01)
         batcher.stop()
-        assert batcher.counters.num_frames == 1
-        assert batcher.counters.num_frames_dropped == 2
+        assert mine.answers.keys() == {2}
+        assert batcher.counters.num_frames_dropped == 1
 
 
-async def test_peer_that_leaves_takes_its_queued_frames_along(model: Model) -> None:
+async def test_withdrawn_frame_is_not_answered(model: Model) -> None:
     async with running_shard(model) as shard:
-        async with raw_stream(shard):
-            assert shard.servicer.num_streams == 1
-        for _ in range(500):
-            if shard.servicer.num_streams == 0:
-                break
-            await asyncio.sleep(0.01)
-        assert shard.servicer.num_streams == 0
+        pair, frame = await shard.connect("shm"), shard.frame(5)
+        pair.frames.write(frame)
+        pair.frames.withdraw(0)
+        with pytest.raises(PeerUnavailable, match="in time"):
+            await pair.receive(frame, 0.2)
+        assert shard.servicer.batcher.counters.num_frames == 0
+        pair.close()
 
 
-async def test_lost_ffn_is_noticed_while_waiting_for_it(model: Model) -> None:
+@each_transport
+async def test_peer_that_leaves_is_detached(model: Model, kind: TransportName) -> None:
+    async with running_shard(model) as shard:
+        pair = await shard.connect(kind)
+        async with asyncio.timeout(5):
+            while shard.servicer.num_streams == 0:
+                await asyncio.sleep(0.01)
+        pair.close()
+        async with asyncio.timeout(5):
+            while shard.servicer.num_streams:
+                await asyncio.sleep(0.01)
+        assert shard.servicer.batcher.endpoints == ()
+
+
+@each_transport
+async def test_lost_ffn_is_noticed_while_waiting_for_it(model: Model, kind: TransportName) -> None:
     async with contextlib.AsyncExitStack() as stack:
         shard = await stack.enter_async_context(running_shard(model))
-        transport = await shard.connect()
+        pair, frame = await shard.connect(kind), shard.frame()
         await stack.aclose()
-        with pytest.raises(PeerUnavailable):
-            await asyncio.to_thread(transport.receive, 1, 5.0)
-        transport.close()
+        with pytest.raises(PeerUnavailable, match="the FFN at"):
+            await pair.receive(frame)
+        pair.close()
 
 
-async def test_answer_that_does_not_come_is_not_awaited_for_ever(model: Model) -> None:
+@each_transport
+async def test_answer_that_does_not_come_is_not_awaited_for_ever(model: Model, kind: TransportName) -> None:
     async with running_shard(model) as shard:
-        transport = await shard.connect()
+        pair = await shard.connect(kind)
         with pytest.raises(PeerUnavailable, match="in time"):
-            await asyncio.to_thread(transport.receive, 12345, 0.05)
-        transport.close()
+            await pair.receive(shard.frame(12345), 0.05)
+        pair.close()

@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from afd.errors import InvalidRequest
+from afd.model.config import ModelConfig
 from afd.model.moe import Routing
 
 
@@ -17,23 +20,35 @@ from afd.model.moe import Routing
 class Frame:
     """One layer of one microbatch on its way to an FFN shard."""
 
-    frame_id: int
+    frame_id: int  # never used twice by a sender: also the generation of its slot
+    slot: int
     layer_idx: int
     ffn_input: Tensor  # [T, D]
     routing: Routing | None  # None exactly on dense layers
     traceparent: str = ""
+    is_probe: bool = False  # not to be computed: ffn_input itself is the answer
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ffn_input.shape[0]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What became of a frame at the FFN. Intervals were taken on its host; no clocks are compared."""
+
+    queue_ns: int
+    compute_ns: int
+    num_batch_tokens: int  # rows of the batch that it was computed in, all frames together
 
 
 @dataclass(frozen=True)
 class FrameOutput:
-    """A shard's answer. Intervals were taken on the FFN's host; no clocks are compared."""
+    """A shard's answer, on the attention side."""
 
-    frame_id: int
-    ffn_output: Tensor  # [T, D], this shard's partial sum
-    queue_ns: int
-    compute_ns: int
-    num_batch_tokens: int
-    arrived_ns: int = 0  # on the attention host's clock
+    ffn_output: Tensor  # [T, D], this shard's partial sum; good until the slot's next frame is sent
+    timing: Timing
+    arrived_ns: int
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,7 @@ class Crossing:
     slot: int
     sent_ns: int
     arrived_ns: int
-    queue_ns: int
-    compute_ns: int
-    num_batch_tokens: int
+    timing: Timing
 
 
 class InFlight(Protocol):
@@ -57,17 +70,23 @@ class InFlight(Protocol):
     def slot(self) -> int: ...
 
     @property
+    def num_tokens(self) -> int: ...
+
+    @property
     def crossings(self) -> list[Crossing]: ...
 
 
 class FFN(Protocol):
     """The one seam: the decoder drives each layer through it, whatever is behind."""
 
+    def buffer(self, batch: InFlight) -> Tensor | None:
+        """Where ffn_input [T, D] is best written, so that it need not be copied; None: anywhere."""
+
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
         """Hands one layer of a microbatch over; returns before it is computed where that is possible."""
 
     def receive(self, batch: InFlight) -> Tensor:
-        """The sum of all partial sums [T, D] of what was last sent for this microbatch.
+        """The sum of all partial sums [T, D] of what was last sent for this microbatch; good until the next send.
 
         Raises PeerUnavailable if a shard is lost or does not answer in time.
         """
@@ -77,3 +96,33 @@ class FFN(Protocol):
 
     def close(self) -> None:
         """Ends the connections."""
+
+
+@dataclass(frozen=True)
+class FrameRules:
+    """What a frame must be like. Every transport asks before it touches the tensors."""
+
+    config: ModelConfig
+    dtype: torch.dtype  # of ffn_input once it is decoded
+    max_tokens: int
+
+    def check(self, layer_idx: int, num_tokens: int, has_routing: bool) -> None:
+        """Raises InvalidRequest for what this model cannot have."""
+        config = self.config
+        if not 0 <= layer_idx < config.num_layers:
+            raise InvalidRequest(f"layer {layer_idx} does not exist; the model has {config.num_layers}")
+        self.check_size(num_tokens)
+        if has_routing and not config.is_moe(layer_idx):
+            raise InvalidRequest(f"layer {layer_idx} is dense, but the frame chooses experts")
+        if not has_routing and config.is_moe(layer_idx):
+            raise InvalidRequest(f"layer {layer_idx} has experts, but the frame chooses none")
+
+    def check_size(self, num_tokens: int) -> None:
+        if not 1 <= num_tokens <= self.max_tokens:
+            raise InvalidRequest(f"the frame has {num_tokens} tokens; from 1 to {self.max_tokens} are allowed")
+
+    def check_experts(self, topk_ids: Tensor) -> None:
+        low, high = (int(bound) for bound in topk_ids.aminmax())
+        if low < 0 or high >= self.config.num_experts:
+            unknown = low if low < 0 else high
+            raise InvalidRequest(f"expert {unknown} does not exist; the model has {self.config.num_experts}")

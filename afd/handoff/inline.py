@@ -3,193 +3,143 @@
 from __future__ import annotations
 
 import queue
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import grpc
 import torch
+from torch import Tensor
 
-from afd.errors import AfdError, InternalError, InvalidRequest, Mismatch, PeerUnavailable
-from afd.handoff.frame import Frame, FrameOutput
-from afd.handoff.handshake import refuse_mismatch
+from afd.errors import AfdError, InternalError, InvalidRequest
+from afd.handoff.control import ControlStream
+from afd.handoff.fp8 import FP8, dequantize, quantize
+from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
+from afd.handoff.slots import FrameSlots, SlotShape
 from afd.handoff.tensors import from_proto, to_proto
-from afd.model.config import ModelConfig
 from afd.model.moe import Routing
-from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.v1 import ffn_pb2 as pb
-from afd.v1 import ffn_pb2_grpc
-
-HANDSHAKE_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    response: pb.ConnectResponse
-    at_ns: int
 
 
 class InlineTransport:
-    """The attention side of a pair. Used by one thread; another one reads the stream behind it."""
+    """The attention side of a pair."""
 
-    def __init__(self, address: str, hello: pb.Hello, dtype: torch.dtype, device: torch.device) -> None:
-        """Connects and shakes hands. Raises PeerUnavailable, or Mismatch naming what differs."""
-        self.address = address
-        self.dtype = dtype
-        self.device = device
-        self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[_Arrival | AfdError] = queue.SimpleQueue()
-        self._answers: dict[int, FrameOutput | AfdError] = {}
-        self._shapes: dict[int, tuple[int, ...]] = {}
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._outbox.put(pb.ConnectRequest(hello=hello))
-        self._stream = ffn_pb2_grpc.FfnServiceStub(self._channel).Connect(self._requests())
-        threading.Thread(target=self._read, name=f"handoff {address}", daemon=True).start()
-        try:
-            self.welcome = self._shake_hands(hello)
-        except AfdError:
-            self.close()
-            raise
+    name = "inline"
+
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
+        self.shape = frames.shape
+        self.control = ControlStream(address, hello)
 
     def send(self, frame: Frame) -> None:
-        self._shapes[frame.frame_id] = tuple(frame.ffn_input.shape)
-        self._outbox.put(pb.ConnectRequest(frame=frame_to_proto(frame)))
+        self.control.put(pb.ConnectRequest(frame=frame_to_proto(frame, self.shape.frame_dtype)))
 
-    def receive(self, frame_id: int, timeout_s: float) -> FrameOutput:
-        deadline = time.monotonic() + timeout_s
-        while frame_id not in self._answers:
-            self._take(self._next(deadline))
-        answer = self._answers.pop(frame_id)
-        if isinstance(answer, AfdError):
-            raise answer
-        return answer
+    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
+        arrivals = self.control.arrivals
+        self.control.wait(lambda: frame.frame_id in arrivals, frame.frame_id, timeout_s)
+        arrival = arrivals.pop(frame.frame_id)
+        message, shape = arrival.output, (frame.num_tokens, self.shape.hidden_size)
+        try:
+            ffn_output = from_proto("ffn_output", message.ffn_output, self.shape.output_dtype, shape)
+        except InvalidRequest as error:
+            raise InternalError(f"the FFN at {self.control.address} sent a misshapen output: {error}") from None
+        timing = Timing(message.queue_ns, message.compute_ns, message.num_batch_tokens)
+        return FrameOutput(ffn_output, timing, arrival.at_ns)
 
-    def drop(self, frame_id: int) -> None:
-        self._answers.pop(frame_id, None)
-        if self._shapes.pop(frame_id, None) is not None:
-            self._outbox.put(pb.ConnectRequest(drop_frame=pb.DropFrame(frame_id=frame_id)))
+    def drop(self, frame: Frame) -> None:
+        self.control.drop(frame.frame_id)
 
     def close(self) -> None:
-        self._outbox.put(None)
-        self._stream.cancel()
-        self._channel.close()
-
-    def _requests(self) -> Iterator[pb.ConnectRequest]:
-        while (request := self._outbox.get()) is not None:
-            yield request
-
-    def _read(self) -> None:
-        try:
-            for response in self._stream:
-                self._inbox.put(_Arrival(response, time.perf_counter_ns()))
-            self._inbox.put(PeerUnavailable(f"the FFN at {self.address} ended the stream"))
-        except grpc.RpcError as error:
-            reason = to_error(error)
-            kind = Mismatch if isinstance(reason, Mismatch) else PeerUnavailable
-            self._inbox.put(kind(f"the FFN at {self.address}: {reason}"))
-
-    def _next(self, deadline: float) -> _Arrival:
-        try:
-            message = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise PeerUnavailable(f"the FFN at {self.address} does not answer in time") from None
-        if isinstance(message, AfdError):
-            self._inbox.put(message)  # every later wait fails at once, too
-            raise message
-        return message
-
-    def _shake_hands(self, hello: pb.Hello) -> pb.Welcome:
-        response = self._next(time.monotonic() + HANDSHAKE_TIMEOUT_S).response
-        if response.WhichOneof("message") != "welcome":
-            raise InternalError(f"the FFN at {self.address} did not begin with a welcome")
-        refuse_mismatch(hello.topology, response.welcome.topology)
-        return response.welcome
-
-    def _take(self, arrival: _Arrival) -> None:
-        response = arrival.response
-        kind = response.WhichOneof("message")
-        if kind == "output":
-            frame_id = response.output.frame_id
-            shape = self._shapes.pop(frame_id, None)
-            if shape is not None:  # else it was dropped
-                self._answers[frame_id] = self._output(arrival, shape)
-        elif kind == "frame_error":
-            frame_id, message = response.frame_error.frame_id, response.frame_error.message
-            if self._shapes.pop(frame_id, None) is not None:
-                self._answers[frame_id] = InternalError(f"the FFN at {self.address} refused a frame: {message}")
-
-    def _output(self, arrival: _Arrival, shape: tuple[int, ...]) -> FrameOutput | AfdError:
-        message = arrival.response.output
-        try:
-            ffn_output = from_proto("ffn_output", message.ffn_output, self.dtype, shape, self.device)
-        except InvalidRequest as error:
-            return InternalError(f"the FFN at {self.address} sent a misshapen output: {error}")
-        return FrameOutput(
-            frame_id=message.frame_id,
-            ffn_output=ffn_output,
-            queue_ns=message.queue_ns,
-            compute_ns=message.compute_ns,
-            num_batch_tokens=message.num_batch_tokens,
-            arrived_ns=arrival.at_ns,
-        )
+        self.control.close()
 
 
-def frame_to_proto(frame: Frame) -> pb.Frame:
+class InlineEndpoint:
+    """The FFN side of a pair. The network's thread puts in; the batcher's thread polls and replies."""
+
+    def __init__(self, post: Callable[[pb.ConnectResponse], None], rules: FrameRules, shape: SlotShape) -> None:
+        self.post = post
+        self.rules = rules
+        self.shape = shape
+        self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._awaited: set[int] = set()
+
+    def put(self, message: pb.Frame) -> None:
+        """Takes a frame in. Raises InvalidRequest if it cannot be."""
+        frame = frame_from_proto(message, self.rules, self.shape.frame_dtype)
+        self._awaited.add(frame.frame_id)
+        self._inbox.put(frame)
+
+    def drop(self, frame_id: int) -> None:
+        self._awaited.discard(frame_id)
+
+    def poll(self) -> list[Frame]:
+        return [self._inbox.get() for _ in range(self._inbox.qsize())]
+
+    def awaits(self, frame: Frame) -> bool:
+        return frame.frame_id in self._awaited
+
+    def buffer(self, frame: Frame) -> Tensor:
+        return torch.empty((frame.num_tokens, self.shape.hidden_size), dtype=self.shape.output_dtype)
+
+    def reply(self, frame: Frame, ffn_output: Tensor, timing: Timing) -> None:
+        self._awaited.discard(frame.frame_id)
+        self.post(pb.ConnectResponse(output=output_to_proto(frame.frame_id, ffn_output, timing)))
+
+    def refuse(self, frame_id: int, error: AfdError) -> None:
+        self._awaited.discard(frame_id)
+        self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))
+
+    def close(self) -> None:
+        self._awaited.clear()
+
+
+def frame_to_proto(frame: Frame, dtype: torch.dtype) -> pb.Frame:
     message = pb.Frame(
-        frame_id=frame.frame_id,
-        layer_idx=frame.layer_idx,
-        ffn_input=to_proto(frame.ffn_input),
-        traceparent=frame.traceparent,
+        frame_id=frame.frame_id, layer_idx=frame.layer_idx, traceparent=frame.traceparent, probe=frame.is_probe
     )
+    if dtype is FP8:
+        quantized, scales = quantize(frame.ffn_input)
+        message.ffn_input.CopyFrom(to_proto(quantized))
+        message.scales.CopyFrom(to_proto(scales))
+    else:
+        message.ffn_input.CopyFrom(to_proto(frame.ffn_input))
     if frame.routing is not None:
         message.topk_ids.CopyFrom(to_proto(frame.routing.topk_ids))
         message.topk_weights.CopyFrom(to_proto(frame.routing.topk_weights))
     return message
 
 
-def frame_from_proto(
-    message: pb.Frame, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_tokens: int
-) -> Frame:
+def frame_from_proto(message: pb.Frame, rules: FrameRules, dtype: torch.dtype) -> Frame:
     """The frame, checked. Raises InvalidRequest, before anything is allocated, for what this model cannot have."""
-    if message.layer_idx >= config.num_layers:
-        raise InvalidRequest(f"layer {message.layer_idx} does not exist; the model has {config.num_layers}")
     num_tokens = message.ffn_input.shape[0] if message.ffn_input.shape else 0
-    if not 1 <= num_tokens <= max_tokens:
-        raise InvalidRequest(f"the frame has {num_tokens} tokens; from 1 to {max_tokens} are allowed")
-    shape = (num_tokens, config.hidden_size)
+    has_routing = message.HasField("topk_ids") or message.HasField("topk_weights")
+    rules.check_size(num_tokens)
+    if not message.probe:
+        rules.check(message.layer_idx, num_tokens, has_routing)
+    ffn_input = from_proto("ffn_input", message.ffn_input, dtype, (num_tokens, rules.config.hidden_size))
+    if dtype is FP8:
+        scales = from_proto("scales", message.scales, torch.float32, (num_tokens,))
+        ffn_input = dequantize(ffn_input, scales, rules.dtype)
     return Frame(
         frame_id=message.frame_id,
+        slot=0,
         layer_idx=message.layer_idx,
-        ffn_input=from_proto("ffn_input", message.ffn_input, dtype, shape, device),
-        routing=_routing_from_proto(message, config, num_tokens, device),
+        ffn_input=ffn_input,
+        routing=_routing_from_proto(message, rules, num_tokens) if has_routing else None,
         traceparent=message.traceparent,
+        is_probe=message.probe,
     )
 
 
-def _routing_from_proto(
-    message: pb.Frame, config: ModelConfig, num_tokens: int, device: torch.device
-) -> Routing | None:
-    has_routing = message.HasField("topk_ids") or message.HasField("topk_weights")
-    if not config.is_moe(message.layer_idx):
-        if has_routing:
-            raise InvalidRequest(f"layer {message.layer_idx} is dense, but the frame chooses experts")
-        return None
-    shape = (num_tokens, config.top_k)
-    ids = from_proto("topk_ids", message.topk_ids, torch.int32, shape, device)
-    weights = from_proto("topk_weights", message.topk_weights, torch.float32, shape, device)
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= config.num_experts:
-        unknown = low if low < 0 else high
-        raise InvalidRequest(f"expert {unknown} does not exist; the model has {config.num_experts}")
+def _routing_from_proto(message: pb.Frame, rules: FrameRules, num_tokens: int) -> Routing:
+    shape = (num_tokens, rules.config.top_k)
+    ids = from_proto("topk_ids", message.topk_ids, torch.int32, shape)
+    weights = from_proto("topk_weights", message.topk_weights, torch.float32, shape)
+    rules.check_experts(ids)
     return Routing(ids, weights)
 
 
-def output_to_proto(output: FrameOutput) -> pb.FrameOutput:
+def output_to_proto(frame_id: int, ffn_output: Tensor, timing: Timing) -> pb.FrameOutput:
     return pb.FrameOutput(
-        frame_id=output.frame_id,
-        ffn_output=to_proto(output.ffn_output),
-        queue_ns=output.queue_ns,
-        compute_ns=output.compute_ns,
-        num_batch_tokens=output.num_batch_tokens,
+        frame_id=frame_id,
+        ffn_output=to_proto(ffn_output),
+        queue_ns=timing.queue_ns,
+        compute_ns=timing.compute_ns,
+        num_batch_tokens=timing.num_batch_tokens,
     )

@@ -6,7 +6,7 @@ import time
 
 from torch import Tensor
 
-from afd.handoff.frame import Crossing, InFlight
+from afd.handoff.frame import Crossing, InFlight, Timing
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
 
@@ -18,6 +18,9 @@ class LocalFFN:
         self.shard = shard
         self._pending: dict[int, tuple[int, Tensor, Routing | None]] = {}
 
+    def buffer(self, batch: InFlight) -> None:
+        return None
+
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
         self._pending[batch.slot] = layer_idx, ffn_input, routing
 
@@ -26,8 +29,8 @@ class LocalFFN:
         start = time.perf_counter_ns()
         output = self.shard(layer_idx, ffn_input, routing)
         end = time.perf_counter_ns()
-        num_tokens = ffn_input.shape[0]
-        batch.crossings.append(Crossing(0, layer_idx, batch.slot, start, end, 0, end - start, num_tokens))
+        timing = Timing(0, end - start, ffn_input.shape[0])
+        batch.crossings.append(Crossing(0, layer_idx, batch.slot, start, end, timing))
         return output
 
     def drop(self, batch: InFlight) -> None:

@@ -5,85 +5,84 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from afd.handoff.control import ControlStream
 from afd.handoff.frame import Crossing, Frame, FrameOutput, InFlight
+from afd.handoff.slots import FrameSlots
 from afd.model.moe import Routing
 
 
 class Transport(Protocol):
-    """One attention-FFN pair: how its frames move."""
+    """One attention-FFN pair: how its frames move. A frame is sent after it was written to its slot."""
+
+    name: str
+    control: ControlStream
 
     def send(self, frame: Frame) -> None:
-        """Starts moving a frame; raises PeerUnavailable if the pair is lost."""
+        """Starts moving a frame."""
 
-    def receive(self, frame_id: int, timeout_s: float) -> FrameOutput:
+    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
         """Waits for a frame's answer; raises PeerUnavailable if the pair is lost or the time is over."""
 
-    def drop(self, frame_id: int) -> None:
+    def drop(self, frame: Frame) -> None:
         """The answer is no longer awaited."""
 
     def close(self) -> None:
         """Ends the pair."""
 
 
-@dataclass(frozen=True)
-class _Sent:
-    frame_id: int
-    layer_idx: int
-    at_ns: int
-
-
 class RemoteFFN:
     """Sends every frame to every shard and adds up what comes back; transports[i] leads to shard i."""
 
     def __init__(
-        self, transports: Sequence[Transport], timeout_s: float, traceparent: Callable[[], str] = lambda: ""
+        self,
+        transports: Sequence[Transport],
+        frames: FrameSlots,
+        device: torch.device,
+        timeout_s: float,
+        traceparent: Callable[[], str] = lambda: "",
     ) -> None:
         self.transports = transports
+        self.frames = frames
+        self.device = device
         self.timeout_s = timeout_s
         self.traceparent = traceparent
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, tuple[Frame, int]] = {}  # by slot: what is under way, and since when
         self._frame_ids = itertools.count(1)
 
+    def buffer(self, batch: InFlight) -> Tensor | None:
+        return self.frames.buffer(batch.slot, batch.num_tokens) if self.device.type == "cpu" else None
+
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
-        frame = Frame(next(self._frame_ids), layer_idx, ffn_input, routing, self.traceparent())
-        self._sent[batch.slot] = _Sent(frame.frame_id, layer_idx, time.perf_counter_ns())
+        frame = Frame(next(self._frame_ids), batch.slot, layer_idx, ffn_input, routing, self.traceparent())
+        self._sent[batch.slot] = frame, time.perf_counter_ns()
+        self.frames.write(frame)
         for transport in self.transports:
             transport.send(frame)
 
     def receive(self, batch: InFlight) -> Tensor:
-        sent = self._sent.pop(batch.slot)
+        frame, sent_ns = self._sent.pop(batch.slot)
         total: Tensor | None = None
         for shard, transport in enumerate(self.transports):
-            output = transport.receive(sent.frame_id, self.timeout_s)
+            output = transport.receive(frame, self.timeout_s)
             total = output.ffn_output if total is None else total + output.ffn_output
-            batch.crossings.append(_crossing(shard, batch, sent, output))
+            batch.crossings.append(
+                Crossing(shard, frame.layer_idx, batch.slot, sent_ns, output.arrived_ns, output.timing)
+            )
         assert total is not None
-        return total
+        return total.to(self.device)
 
     def drop(self, batch: InFlight) -> None:
-        sent = self._sent.pop(batch.slot, None)
-        if sent is not None:
+        frame, _ = self._sent.pop(batch.slot, (None, 0))
+        if frame is not None:
+            self.frames.withdraw(batch.slot)
             for transport in self.transports:
-                transport.drop(sent.frame_id)
+                transport.drop(frame)
 
     def close(self) -> None:
         for transport in self.transports:
             transport.close()
-
-
-def _crossing(shard: int, batch: InFlight, sent: _Sent, output: FrameOutput) -> Crossing:
-    return Crossing(
-        shard=shard,
-        layer_idx=sent.layer_idx,
-        slot=batch.slot,
-        sent_ns=sent.at_ns,
-        arrived_ns=output.arrived_ns,
-        queue_ns=output.queue_ns,
-        compute_ns=output.compute_ns,
-        num_batch_tokens=output.num_batch_tokens,
-    )

@@ -16,6 +16,7 @@ _DTYPES: dict[torch.dtype, pb.Dtype] = {
     torch.float32: pb.DTYPE_FLOAT32,
     torch.bfloat16: pb.DTYPE_BFLOAT16,
     torch.int32: pb.DTYPE_INT32,
+    torch.float8_e4m3fn: pb.DTYPE_FLOAT8_E4M3FN,
 }
 
 # A received tensor is only read: that its buffer is not writable is as it should be.
@@ -36,10 +37,16 @@ def to_proto(tensor: Tensor) -> pb.Tensor:
     )
 
 
-def from_proto(
-    name: str, message: pb.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """The tensor in the message, without a copy on the CPU. Raises InvalidRequest, before anything is allocated,
+def dtype_from_proto(dtype: pb.Dtype) -> torch.dtype:
+    """Raises InvalidRequest for a dtype that no tensor here has."""
+    for ours, theirs in _DTYPES.items():
+        if theirs == dtype:
+            return ours
+    raise InvalidRequest(f"{_dtype_name(dtype)} is not a dtype of frames")
+
+
+def from_proto(name: str, message: pb.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor in the message, on the CPU and without a copy. Raises InvalidRequest, before anything is allocated,
     unless it has exactly this dtype, shape and number of bytes."""
     if message.dtype != _DTYPES[dtype]:
         raise InvalidRequest(f"{name} is {_dtype_name(message.dtype)}, not {_dtype_name(_DTYPES[dtype])}", name)
@@ -49,8 +56,8 @@ def from_proto(
     if len(message.inline) != num_bytes:
         raise InvalidRequest(f"{name} has {len(message.inline)} bytes, but its shape asks for {num_bytes}", name)
     if num_bytes == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(message.inline, dtype=dtype).view(shape).to(device)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(message.inline, dtype=dtype).view(shape)
 
 
 def _dtype_name(dtype: int) -> str:

@@ -21,8 +21,8 @@ class DenseFFN:
 
     mlp: SwiGLU
 
-    def __call__(self, x: Tensor, routing: Routing | None) -> Tensor:
-        return self.mlp(x)
+    def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:
+        out.copy_(self.mlp(x))
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class MoEFFN:
     experts: Experts
     shared: SwiGLU
 
-    def __call__(self, x: Tensor, routing: Routing | None) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:
         assert routing is not None
-        return (self.experts(x, routing) + self.shared(x)).to(x.dtype)
+        torch.add(self.experts(x, routing), self.shared(x), out=out)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class FFNShard:
     layers: list[DenseFFN | MoEFFN]
 
     @torch.inference_mode()
-    def __call__(self, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> Tensor:
-        """The partial sum [T, D] of ffn_input [T, D]; `routing` is None exactly on dense layers."""
-        return self.layers[layer_idx](ffn_input, routing)
+    def __call__(self, layer_idx: int, ffn_input: Tensor, routing: Routing | None, out: Tensor | None = None) -> Tensor:
+        """The partial sum [T, D] of ffn_input [T, D], into `out` if given; `routing` is None just on dense layers."""
+        out = torch.empty_like(ffn_input) if out is None else out
+        self.layers[layer_idx](ffn_input, routing, out)
+        return out

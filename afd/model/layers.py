@@ -14,11 +14,12 @@ from torch import Tensor
 from afd.model.linear import Linear
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, computed in float32: x / sqrt(mean(x^2) + eps) * weight."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """RMSNorm over the last dimension, computed in float32: x / sqrt(mean(x^2) + eps) * weight; into `out` if given."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.float()).to(x.dtype)
+    weighted = normed * weight.float()
+    return weighted.to(x.dtype) if out is None else out.copy_(weighted)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ class AttentionLayer:
     router: Router | None
 
     def attend(
-        self, hidden_states: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """(hidden_states after attention and residual, ffn_input, routing); both tensors are [T, D]."""
+        """(hidden_states after attention and residual, ffn_input, routing); both tensors are [T, D], the
+        second is `out` if that is given."""
         normed = rms_norm(hidden_states, self.input_norm, self.eps)
         hidden_states = hidden_states + self.attention(normed, keys, values, batch)
-        ffn_input = rms_norm(hidden_states, self.post_attention_norm, self.eps)
+        ffn_input = rms_norm(hidden_states, self.post_attention_norm, self.eps, out)
         return hidden_states, ffn_input, self.router(ffn_input) if self.router else None
 
 

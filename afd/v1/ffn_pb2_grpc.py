@@ -56,8 +56,11 @@ class FfnServiceServicer(object):
     def Connect(self, request_iterator, context):
         """One stream per attention-FFN pair. The first message each way is the handshake, `hello` then `welcome`; a pair
         that does not fit is refused with FAILED_PRECONDITION and a sentence that names both values. After that each
-        `frame` is answered by one `output` or one `frame_error` with its frame_id, in any order; a frame that is
-        refused does not end the stream.
+        frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
+        does not end the stream.
+
+        With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
+        rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,11 @@ class FfnServiceStub:
     Connect: _grpc.StreamStreamMultiCallable[_ffn_pb2.ConnectRequest, _ffn_pb2.ConnectResponse]
     """One stream per attention-FFN pair. The first message each way is the handshake, `hello` then `welcome`; a pair
     that does not fit is refused with FAILED_PRECONDITION and a sentence that names both values. After that each
-    `frame` is answered by one `output` or one `frame_error` with its frame_id, in any order; a frame that is
-    refused does not end the stream.
+    frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
+    does not end the stream.
+
+    With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
+    rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
     GetFfnLoad: _grpc.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]
     """What this shard is doing now."""
@@ -54,8 +57,11 @@ class FfnServiceAsyncStub(FfnServiceStub):
     Connect: _aio.StreamStreamMultiCallable[_ffn_pb2.ConnectRequest, _ffn_pb2.ConnectResponse]  # type: ignore[assignment]
     """One stream per attention-FFN pair. The first message each way is the handshake, `hello` then `welcome`; a pair
     that does not fit is refused with FAILED_PRECONDITION and a sentence that names both values. After that each
-    `frame` is answered by one `output` or one `frame_error` with its frame_id, in any order; a frame that is
-    refused does not end the stream.
+    frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
+    does not end the stream.
+
+    With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
+    rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
     GetFfnLoad: _aio.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]  # type: ignore[assignment]
     """What this shard is doing now."""
@@ -73,8 +79,11 @@ class FfnServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_ffn_pb2.ConnectResponse], _abc.AsyncIterator[_ffn_pb2.ConnectResponse]]:
         """One stream per attention-FFN pair. The first message each way is the handshake, `hello` then `welcome`; a pair
         that does not fit is refused with FAILED_PRECONDITION and a sentence that names both values. After that each
-        `frame` is answered by one `output` or one `frame_error` with its frame_id, in any order; a frame that is
-        refused does not end the stream.
+        frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
+        does not end the stream.
+
+        With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
+        rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
         """
 
     @_abc_1.abstractmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x61\x66\x64/v1/tensor.proto\x12\x06\x61\x66\x64.v1\"R\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.afd.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x42\t\n\x07storage*V\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x61\x66\x64/v1/tensor.proto\x12\x06\x61\x66\x64.v1\"R\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.afd.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x42\t\n\x07storage*o\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afd.v1.tensor_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DTYPE']._serialized_start=115
-  _globals['_DTYPE']._serialized_end=201
+  _globals['_DTYPE']._serialized_end=226
   _globals['_TENSOR']._serialized_start=31
   _globals['_TENSOR']._serialized_end=113
 # @@protoc_insertion_point(module_scope)

@@ -15,6 +15,7 @@ from afd.config import AttentionSettings
 from afd.errors import ConfigError
 from afd.handoff.frame import FFN
 from afd.handoff.local import LocalFFN
+from afd.handoff.shm import sweep
 from afd.model.checkpoint import Checkpoint
 from afd.model.mfa import KVCache
 from afd.model.weights import load_attention, load_ffn_shard
@@ -89,6 +90,7 @@ async def _decoder(
 ) -> Decoder:
     """Loads this side's weights and connects to the FFN, or loads it too."""
     config = checkpoint.config
+    sweep()
     stack = await asyncio.to_thread(load_attention, checkpoint, dtype, device, loading_progress("attention"))
     cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
     ffn: FFN

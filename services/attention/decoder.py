@@ -41,7 +41,11 @@ class Decoder:
     def _attend_and_send(self, batch: Microbatch, layer_idx: int, timeline: StepTimeline) -> None:
         with timeline.measure("attention", layer_idx, batch.slot):
             batch.hidden_states, ffn_input, routing = self.stack.layers[layer_idx].attend(
-                batch.hidden_states, self.cache.keys[layer_idx], self.cache.values[layer_idx], batch.attention
+                batch.hidden_states,
+                self.cache.keys[layer_idx],
+                self.cache.values[layer_idx],
+                batch.attention,
+                out=self.ffn.buffer(batch),
             )
         with timeline.measure("send", layer_idx, batch.slot):
             self.ffn.send(batch, layer_idx, ffn_input, routing)

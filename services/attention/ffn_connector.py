@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
 import torch
 
 from afd.config import AttentionSettings
-from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable
+from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.handoff.fp8 import FP8
 from afd.handoff.handshake import topology
-from afd.handoff.inline import InlineTransport
+from afd.handoff.negotiate import Rung, connect_pair
 from afd.handoff.remote import RemoteFFN, Transport
+from afd.handoff.shm import SharedRegion
+from afd.handoff.slots import FrameSlots, Region, SlotShape
+from afd.handoff.tensors import dtype_to_proto
 from afd.model.checkpoint import Checkpoint
 from afd.state.registry import Registry, Replica
 from afd.v1 import ffn_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 _LOOKUP_TIMEOUT_S = 10.0
 _PAUSE_S = 0.05
@@ -42,19 +49,27 @@ class FfnConnector:
         self.dtype = dtype
         self.device = device
         self.traceparent = traceparent
+        self.rungs: list[Rung] = []  # how each shard's pair moves its tensors
 
     def connect(self) -> RemoteFFN:
-        """One replica of every shard. Raises PeerUnavailable, or Mismatch for a replica that does not belong here."""
+        """One replica of every shard. Raises PeerUnavailable, Mismatch for a replica that does not belong here, or
+        ConfigError if the transport that is wanted cannot be had."""
         replicas = self._replicas()
-        transports: list[Transport] = []
+        frames = self._frame_slots()
+        pairs: list[tuple[Transport, Rung]] = []
         try:
             for shard in range(self.num_shards):
-                transports.append(self._connect_shard(shard, replicas))
+                pairs.append(self._connect_shard(shard, replicas, frames))
         except Exception:
-            for transport in transports:
+            for transport, _ in pairs:
                 transport.close()
             raise
-        return RemoteFFN(transports, self.settings.ffn_timeout_s, self.traceparent)
+        finally:
+            if isinstance(frames.region, SharedRegion):
+                frames.region.unlink()
+        self.rungs = [rung for _, rung in pairs]
+        transports = [transport for transport, _ in pairs]
+        return RemoteFFN(transports, frames, self.device, self.settings.ffn_timeout_s, self.traceparent)
 
     async def connect_within(self, timeout_s: float) -> RemoteFFN:
         """The same at the start, when shards may still be loading; called on the event loop."""
@@ -74,31 +89,58 @@ class FfnConnector:
         except TimeoutError:
             raise PeerUnavailable("the registry does not answer") from None
 
-    def _connect_shard(self, shard: int, replicas: list[Replica]) -> InlineTransport:
+    def _frame_slots(self) -> FrameSlots:
+        """Memory for the frames of all pairs; shared where this host can, unless that is not wanted."""
+        shape, wanted = self._slot_shape(), self.settings.handoff
+        num_bytes = shape.num_slots * shape.frame_stride
+        region: Region
+        try:
+            region = Region.private(num_bytes) if wanted == "inline" else SharedRegion(num_bytes)
+        except TransportUnavailable as error:
+            if wanted == "shm":
+                raise ConfigError(f"AFD_HANDOFF=shm cannot be had: {error}") from None
+            log.warning("no handoff through shared memory: %s", error)
+            region = Region.private(num_bytes)
+        if self.device.type == "cuda":
+            region.pin()
+        return FrameSlots(region, shape)
+
+    def _slot_shape(self) -> SlotShape:
+        settings, config = self.settings, self.checkpoint.config
+        is_fp8 = settings.handoff_dtype == "fp8"
+        return SlotShape(
+            num_slots=settings.microbatches,
+            max_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
+            hidden_size=config.hidden_size,
+            top_k=config.top_k,
+            dtype=self.dtype,
+            frame_dtype=FP8 if is_fp8 else self.dtype,
+            output_dtype=torch.bfloat16 if is_fp8 else self.dtype,
+        )
+
+    def _connect_shard(self, shard: int, replicas: list[Replica], frames: FrameSlots) -> tuple[Transport, Rung]:
         candidates = [replica for replica in replicas if replica.shard == (shard, self.num_shards)]
         failure: AfdError = PeerUnavailable(
             f"no replica of FFN shard {shard}/{self.num_shards} is registered (there are: {_shards(replicas)})"
         )
         for replica in candidates:
             try:
-                return self._connect_replica(shard, replica)
+                return connect_pair(replica.address, self._hello(shard, frames.shape), frames, self.settings.handoff)
             except (PeerUnavailable, Mismatch) as error:
                 failure = error
         raise failure
 
-    def _connect_replica(self, shard: int, replica: Replica) -> InlineTransport:
-        ours = topology(self.checkpoint.config, self.checkpoint.fingerprint, self.dtype, shard, self.num_shards)
-        hello = pb.Hello(replica_id=self.settings.replica_id, topology=ours)
-        transport = InlineTransport(replica.address, hello, self.dtype, self.device)
-        accepted = transport.welcome.max_frame_tokens
-        largest = self.settings.max_sequences + self.settings.prefill_chunk_tokens
-        if accepted < largest:
-            transport.close()
-            raise ConfigError(
-                f"FFN replica {replica.replica_id} accepts frames of {accepted} tokens, but AFD_MAX_SEQUENCES and "
-                f"AFD_PREFILL_CHUNK_TOKENS allow {largest}: raise AFD_MAX_FRAME_TOKENS or lower these"
-            )
-        return transport
+    def _hello(self, shard: int, shape: SlotShape) -> pb.Hello:
+        config, fingerprint = self.checkpoint.config, self.checkpoint.fingerprint
+        return pb.Hello(
+            replica_id=self.settings.replica_id,
+            topology=topology(config, fingerprint, self.dtype, shard, self.num_shards),
+            frame_dtype=dtype_to_proto(shape.frame_dtype),
+            output_dtype=dtype_to_proto(shape.output_dtype),
+            spin_us=self.settings.handoff_spin_us,
+            num_slots=shape.num_slots,
+            max_tokens=shape.max_tokens,
+        )
 
 
 def _shards(replicas: list[Replica]) -> str:

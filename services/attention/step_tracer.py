@@ -70,9 +70,9 @@ def _add_children(span: trace.Span, timeline: StepTimeline) -> None:
                 "afd.layer_idx": crossing.layer_idx,
                 "afd.microbatch": crossing.slot,
                 "afd.shard": crossing.shard,
-                "afd.ffn.queue_ns": crossing.queue_ns,
-                "afd.ffn.compute_ns": crossing.compute_ns,
-                "afd.ffn.num_batch_tokens": crossing.num_batch_tokens,
+                "afd.ffn.queue_ns": crossing.timing.queue_ns,
+                "afd.ffn.compute_ns": crossing.timing.compute_ns,
+                "afd.ffn.num_batch_tokens": crossing.timing.num_batch_tokens,
             },
         )
         child.end(clock_ns(crossing.arrived_ns))

@@ -63,5 +63,5 @@ class StepCounters:
         for crossing in timeline.crossings:
             self.num_crossings += 1
             self.crossing_ns += crossing.arrived_ns - crossing.sent_ns
-            self.ffn_queue_ns += crossing.queue_ns
-            self.ffn_compute_ns += crossing.compute_ns
+            self.ffn_queue_ns += crossing.timing.queue_ns
+            self.ffn_compute_ns += crossing.timing.compute_ns

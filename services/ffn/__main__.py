@@ -33,7 +33,7 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
     shard, num_shards = settings.shard
     progress = loading_progress(f"FFN shard {shard}/{num_shards}")
     ffn_shard = await asyncio.to_thread(load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress)
-    batcher = Batcher(ffn_shard, settings.max_frame_tokens)
+    batcher = Batcher(ffn_shard, settings.max_frame_tokens, settings.handoff_spin_us / 1e6, device)
     batcher.start()
     prometheus_client.REGISTRY.register(FfnCollector(batcher))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
@@ -41,8 +41,9 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
         replica_id=settings.replica_id,
         topology=topology(checkpoint.config, checkpoint.fingerprint, dtype, shard, num_shards),
         max_frame_tokens=settings.max_frame_tokens,
+        spin_us=settings.handoff_spin_us,
     )
-    servicer = FfnServicer(batcher, welcome, dtype, device)
+    servicer = FfnServicer(batcher, welcome, dtype)
 
     def add_services(server: grpc.aio.Server) -> None:
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)

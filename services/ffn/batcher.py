@@ -1,34 +1,59 @@
 """Joins the frames of one layer that wait, from all attention replicas, into one batch, and computes it.
 
-One thread owns the arithmetic; frames come in from the network's thread and answers go back through callbacks.
+One thread looks at every pair for frames, owns the arithmetic, and answers.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from afd.errors import AfdError, InternalError
-from afd.handoff.frame import Frame, FrameOutput
+from afd.handoff.control import SLEEP_S
+from afd.handoff.frame import Frame, Timing
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
+from afd.telemetry import record_ffn_spans
 
 log = logging.getLogger(__name__)
 
 
+class Endpoint(Protocol):
+    """The FFN side of an attention-FFN pair, whatever its transport."""
+
+    def poll(self) -> list[Frame]:
+        """What has arrived since the last look, checked. What is wrong with a frame is told to its sender."""
+
+    def awaits(self, frame: Frame) -> bool:
+        """Whether the sender still wants the answer."""
+
+    def buffer(self, frame: Frame) -> Tensor:
+        """Where the frame's partial sum [T, D] goes."""
+
+    def reply(self, frame: Frame, ffn_output: Tensor, timing: Timing) -> None:
+        """Answers; ffn_output is the frame's buffer, filled."""
+
+    def refuse(self, frame_id: int, error: AfdError) -> None:
+        """Answers with an error."""
+
+    def close(self) -> None:
+        """The pair has ended."""
+
+
 @dataclass(frozen=True)
 class QueuedFrame:
-    """A frame that waits, and where its answer goes. `stream` tells the frames of one peer from another's."""
+    """A frame that waits, and whom it came from."""
 
-    stream: object
+    endpoint: Endpoint
     frame: Frame
-    reply: Callable[[FrameOutput | AfdError], None]
-    queued_ns: int = field(default_factory=time.perf_counter_ns)
+    queued_ns: int
 
 
 @dataclass
@@ -47,12 +72,16 @@ class Batcher:
     """Takes the oldest frame and with it every frame of the same layer that is there: nobody waits for a peer
     that has nothing to send."""
 
-    def __init__(self, shard: FFNShard, max_batch_tokens: int) -> None:
+    def __init__(self, shard: FFNShard, max_batch_tokens: int, spin_s: float, device: torch.device) -> None:
         self.shard = shard
         self.max_batch_tokens = max_batch_tokens
+        self.spin_s = spin_s
+        self.device = device
         self.counters = BatcherCounters()
+        self.endpoints: tuple[Endpoint, ...] = ()
         self._queue: list[QueuedFrame] = []
-        self._changed = threading.Condition()
+        self._worked_at = 0.0
+        self._bell = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ffn", daemon=True)
 
@@ -64,81 +93,121 @@ class Batcher:
         self._thread.start()
 
     def stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        self._stopping = True
+        self.ring()
         self._thread.join()
 
-    def submit(self, queued: QueuedFrame) -> None:
-        with self._changed:
-            self._queue.append(queued)
-            self._changed.notify()
+    def ring(self) -> None:
+        """Something has arrived: look at once."""
+        self._bell.set()
 
-    def drop(self, stream: object, frame_id: int | None = None) -> None:
-        """Forgets one queued frame of a stream, or all of them: nobody awaits the answers."""
-        with self._changed:
-            kept = [
-                queued
-                for queued in self._queue
-                if queued.stream is not stream or frame_id not in (None, queued.frame.frame_id)
-            ]
-            self.counters.num_frames_dropped += len(self._queue) - len(kept)
-            self._queue = kept
+    def attach(self, endpoint: Endpoint) -> None:
+        self.endpoints = (*self.endpoints, endpoint)
 
+    def detach(self, endpoint: Endpoint) -> None:
+        """Its frames that wait are dropped: nobody awaits the answers."""
+        self.endpoints = tuple(other for other in self.endpoints if other is not endpoint)
+        endpoint.close()
+
+    @torch.inference_mode()
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            try:
-                self._compute(batch)
-            except Exception:
-                log.exception("layer %d could not be computed", batch[0].frame.layer_idx)
-                for queued in batch:
-                    queued.reply(InternalError("the FFN failed; its log has the reason"))
+        while not self._stopping:
+            self._collect()
+            if self._queue:
+                self._compute_or_refuse(self._next_batch())
+                self._worked_at = time.monotonic()
+            else:
+                self._idle()
 
-    def _next_batch(self) -> list[QueuedFrame] | None:
-        """Waits for work; None at the stop."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if self._stopping:
-                return None
-            layer_idx, num_tokens = self._queue[0].frame.layer_idx, 0
-            batch: list[QueuedFrame] = []
-            rest: list[QueuedFrame] = []
-            for queued in self._queue:
-                size = queued.frame.ffn_input.shape[0]
-                joins = queued.frame.layer_idx == layer_idx
-                if joins and (not batch or num_tokens + size <= self.max_batch_tokens):
-                    batch.append(queued)
-                    num_tokens += size
+    def _idle(self) -> None:
+        """Looks out for a while, giving way to others, and then sleeps in between."""
+        if time.monotonic() - self._worked_at < self.spin_s:
+            os.sched_yield()
+        else:
+            self._bell.wait(SLEEP_S)
+            if self._bell.is_set():
+                self._bell.clear()
+                self._worked_at = time.monotonic()
+
+    def _collect(self) -> None:
+        for endpoint in self.endpoints:
+            for frame in endpoint.poll():
+                if frame.is_probe:
+                    _echo(endpoint, frame)
                 else:
-                    rest.append(queued)
-            self._queue = rest
-            return batch
+                    self._queue.append(QueuedFrame(endpoint, frame, time.perf_counter_ns()))
+        awaited = [
+            queued
+            for queued in self._queue
+            if queued.endpoint in self.endpoints and queued.endpoint.awaits(queued.frame)
+        ]
+        self.counters.num_frames_dropped += len(self._queue) - len(awaited)
+        self._queue = awaited
+
+    def _next_batch(self) -> list[QueuedFrame]:
+        """The oldest frame, and those of its layer that fit beside it."""
+        layer_idx, num_tokens = self._queue[0].frame.layer_idx, 0
+        batch: list[QueuedFrame] = []
+        rest: list[QueuedFrame] = []
+        for queued in self._queue:
+            size = queued.frame.num_tokens
+            joins = queued.frame.layer_idx == layer_idx
+            if joins and (not batch or num_tokens + size <= self.max_batch_tokens):
+                batch.append(queued)
+                num_tokens += size
+            else:
+                rest.append(queued)
+        self._queue = rest
+        return batch
+
+    def _compute_or_refuse(self, batch: list[QueuedFrame]) -> None:
+        try:
+            self._compute(batch)
+        except Exception:
+            log.exception("layer %d could not be computed", batch[0].frame.layer_idx)
+            for queued in batch:
+                queued.endpoint.refuse(queued.frame.frame_id, InternalError("the FFN failed; its log has the reason"))
 
     def _compute(self, batch: list[QueuedFrame]) -> None:
+        if not batch:
+            return
         start_ns = time.perf_counter_ns()
         frames = [queued.frame for queued in batch]
-        ffn_input, routing = _join(frames)
-        ffn_output = self.shard(frames[0].layer_idx, ffn_input, routing)
+        ffn_input, routing = _join(frames, self.device)
+        buffers = [queued.endpoint.buffer(queued.frame) for queued in batch]
+        if len(buffers) == 1 and self.device.type == "cpu":
+            self.shard(frames[0].layer_idx, ffn_input, routing, out=buffers[0])
+        else:
+            ffn_output = self.shard(frames[0].layer_idx, ffn_input, routing)
+            for buffer, part in zip(buffers, ffn_output.split([frame.num_tokens for frame in frames]), strict=True):
+                buffer.copy_(part)
         compute_ns = time.perf_counter_ns() - start_ns
-        num_tokens = ffn_input.shape[0]
-        outputs = ffn_output.split([frame.ffn_input.shape[0] for frame in frames])
-        for queued, output in zip(batch, outputs, strict=True):
-            queue_ns = start_ns - queued.queued_ns
-            self.counters.queue_ns += queue_ns
-            queued.reply(FrameOutput(queued.frame.frame_id, output, queue_ns, compute_ns, num_tokens))
+        for queued, buffer in zip(batch, buffers, strict=True):
+            timing = Timing(start_ns - queued.queued_ns, compute_ns, ffn_input.shape[0])
+            queued.endpoint.reply(queued.frame, buffer, timing)
+            self.counters.queue_ns += timing.queue_ns
+            if queued.frame.traceparent:
+                record_ffn_spans(queued.frame, self.shard.shard, timing)
         self.counters.num_frames += len(batch)
         self.counters.num_batches += 1
-        self.counters.num_tokens += num_tokens
+        self.counters.num_tokens += ffn_input.shape[0]
         self.counters.compute_ns += compute_ns
 
 
-def _join(frames: list[Frame]) -> tuple[torch.Tensor, Routing | None]:
+def _echo(endpoint: Endpoint, probe: Frame) -> None:
+    buffer = endpoint.buffer(probe)
+    buffer.copy_(probe.ffn_input)
+    endpoint.reply(probe, buffer, Timing(0, 0, probe.num_tokens))
+
+
+def _join(frames: list[Frame], device: torch.device) -> tuple[Tensor, Routing | None]:
     if len(frames) == 1:
-        return frames[0].ffn_input, frames[0].routing
-    routings = [frame.routing for frame in frames if frame.routing is not None]
-    routing = (
-        Routing(torch.cat([r.topk_ids for r in routings]), torch.cat([r.topk_weights for r in routings]))
-        if routings
-        else None
-    )
-    return torch.cat([frame.ffn_input for frame in frames]), routing
+        ffn_input, routing = frames[0].ffn_input, frames[0].routing
+    else:
+        ffn_input = torch.cat([frame.ffn_input for frame in frames])
+        routings = [frame.routing for frame in frames if frame.routing is not None]
+        topk_ids, topk_weights = [r.topk_ids for r in routings], [r.topk_weights for r in routings]
+        routing = Routing(torch.cat(topk_ids), torch.cat(topk_weights)) if routings else None
+    if routing is not None:
+        routing = Routing(routing.topk_ids.to(device), routing.topk_weights.to(device))
+    return ffn_input.to(device), routing

@@ -6,29 +6,30 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import torch
 
 from afd import rpc
-from afd.errors import AfdError, InvalidRequest, Mismatch
-from afd.handoff.frame import Frame, FrameOutput
+from afd.errors import InvalidRequest, Mismatch, TransportUnavailable
+from afd.handoff.control import HANDSHAKE_TIMEOUT_S
+from afd.handoff.frame import FrameRules
 from afd.handoff.handshake import refuse_mismatch
-from afd.handoff.inline import HANDSHAKE_TIMEOUT_S, frame_from_proto, output_to_proto
-from afd.telemetry import record_ffn_spans
+from afd.handoff.inline import InlineEndpoint
+from afd.handoff.shm import ShmEndpoint
+from afd.handoff.slots import SlotShape
+from afd.handoff.tensors import dtype_from_proto
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
-from services.ffn.batcher import Batcher, QueuedFrame
+from services.ffn.batcher import Batcher, Endpoint
 
 log = logging.getLogger(__name__)
 
 
 class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
-    def __init__(self, batcher: Batcher, welcome: pb.Welcome, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, batcher: Batcher, welcome: pb.Welcome, dtype: torch.dtype) -> None:
         self.batcher = batcher
         self.welcome = welcome
-        self.dtype = dtype
-        self.device = device
+        self.rules = FrameRules(batcher.shard.config, dtype, welcome.max_frame_tokens)
         self.num_streams = 0
         self.num_frames_refused = 0
 
@@ -37,11 +38,18 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
     ) -> AsyncIterator[pb.ConnectResponse]:
         async with rpc.aborting(context):
             hello = await self._shake_hands(requests)
+            pair = _Pair(self, hello)
+            try:
+                endpoint = await pair.make_endpoint()
+            except TransportUnavailable as reason:
+                yield pb.ConnectResponse(welcome=self._welcome(declined=str(reason)))
+                return
             yield pb.ConnectResponse(welcome=self.welcome)
-            stream = _Stream(self, hello.replica_id)
-            log.info("attention replica %s connected", hello.replica_id)
-            async with stream.reading(requests):
-                while (response := await stream.outbox.get()) is not None:
+            log.info(
+                "attention replica %s connected over %s", hello.replica_id, hello.WhichOneof("transport") or "inline"
+            )
+            async with pair.open(endpoint, requests):
+                while (response := await pair.outbox.get()) is not None:
                     yield response
 
     async def GetFfnLoad(self, request: pb.GetFfnLoadRequest, context: rpc.Context) -> pb.GetFfnLoadResponse:
@@ -66,75 +74,89 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
         refuse_mismatch(first.hello.topology, self.welcome.topology)
         return first.hello
 
+    def _welcome(self, declined: str) -> pb.Welcome:
+        welcome = pb.Welcome(declined=declined)
+        welcome.MergeFrom(self.welcome)
+        return welcome
 
-class _Stream:
+
+class _Pair:
     """One attention replica's frames in, and their answers out."""
 
-    def __init__(self, servicer: FfnServicer, peer: str) -> None:
+    def __init__(self, servicer: FfnServicer, hello: pb.Hello) -> None:
         self.servicer = servicer
-        self.peer = peer
+        self.hello = hello
         self.outbox: asyncio.Queue[pb.ConnectResponse | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
+    async def make_endpoint(self) -> Endpoint:
+        """Raises TransportUnavailable, or Mismatch for a hello that cannot be."""
+        rules, shape = self.servicer.rules, self._slot_shape()
+        if self.hello.HasField("shm"):
+            return await asyncio.to_thread(ShmEndpoint, self.hello, self.post, rules, shape)
+        return InlineEndpoint(self.post, rules, shape)
+
     @contextlib.asynccontextmanager
-    async def reading(self, requests: AsyncIterator[pb.ConnectRequest]) -> AsyncIterator[None]:
-        """Reads frames while the block runs; at its end the peer's queued frames are dropped."""
+    async def open(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest]) -> AsyncIterator[None]:
+        """Takes frames while the block runs."""
         self.servicer.num_streams += 1
-        reader = asyncio.create_task(self._read(requests))
+        self.servicer.batcher.attach(endpoint)
+        reader = asyncio.create_task(self._read(endpoint, requests))
         try:
             yield
         finally:
             reader.cancel()
             self.servicer.num_streams -= 1
-            self.servicer.batcher.drop(self)
-            log.info("attention replica %s left", self.peer)
+            self.servicer.batcher.detach(endpoint)
+            log.info("attention replica %s left", self.hello.replica_id)
 
-    async def _read(self, requests: AsyncIterator[pb.ConnectRequest]) -> None:
+    def post(self, response: pb.ConnectResponse) -> None:
+        """Called on any thread."""
+        if response.WhichOneof("message") == "frame_error":
+            self.servicer.num_frames_refused += 1
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to answer
+            self._loop.call_soon_threadsafe(self.outbox.put_nowait, response)
+
+    async def _read(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest]) -> None:
         try:
             async for request in requests:
-                self._take(request)
+                self._take(endpoint, request)
+                self.servicer.batcher.ring()
         finally:
             self.outbox.put_nowait(None)
 
-    def _take(self, request: pb.ConnectRequest) -> None:
+    def _take(self, endpoint: Endpoint, request: pb.ConnectRequest) -> None:
         kind = request.WhichOneof("message")
-        if kind == "frame":
-            self._submit(request.frame)
-        elif kind == "drop_frame":
-            self.servicer.batcher.drop(self, request.drop_frame.frame_id)
-        else:
-            self._answer(0, InvalidRequest("a frame was expected"))
-
-    def _submit(self, message: pb.Frame) -> None:
-        servicer = self.servicer
-        try:
-            frame = frame_from_proto(
-                message,
-                servicer.batcher.shard.config,
-                servicer.dtype,
-                servicer.device,
-                servicer.welcome.max_frame_tokens,
-            )
-        except InvalidRequest as error:
-            servicer.num_frames_refused += 1
-            self._answer(message.frame_id, error)
+        if kind == "ring":
             return
-
-        def reply(answer: FrameOutput | AfdError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to answer
-                self._loop.call_soon_threadsafe(self._finish, frame, answer)
-
-        servicer.batcher.submit(QueuedFrame(self, frame, reply))
-
-    def _finish(self, frame: Frame, answer: FrameOutput | AfdError) -> None:
-        self._answer(frame.frame_id, answer)
-        if isinstance(answer, FrameOutput):
-            shard = self.servicer.batcher.shard.shard
-            record_ffn_spans(frame, shard, answer.queue_ns, answer.compute_ns, answer.num_batch_tokens)
-
-    def _answer(self, frame_id: int, answer: FrameOutput | AfdError) -> None:
-        if isinstance(answer, FrameOutput):
-            self.outbox.put_nowait(pb.ConnectResponse(output=output_to_proto(answer)))
+        if not isinstance(endpoint, InlineEndpoint) or kind not in ("frame", "drop_frame"):
+            endpoint.refuse(0, InvalidRequest("a frame was expected"))
+        elif kind == "drop_frame":
+            endpoint.drop(request.drop_frame.frame_id)
         else:
-            error: Any = pb.FrameError(frame_id=frame_id, message=str(answer))
-            self.outbox.put_nowait(pb.ConnectResponse(frame_error=error))
+            try:
+                endpoint.put(request.frame)
+            except InvalidRequest as error:
+                endpoint.refuse(request.frame.frame_id, error)
+
+    def _slot_shape(self) -> SlotShape:
+        hello, config = self.hello, self.servicer.rules.config
+        try:
+            frame_dtype, output_dtype = dtype_from_proto(hello.frame_dtype), dtype_from_proto(hello.output_dtype)
+        except InvalidRequest as error:
+            raise Mismatch(f"the hello: {error}") from None
+        if hello.max_tokens > self.servicer.welcome.max_frame_tokens:
+            accepted = self.servicer.welcome.max_frame_tokens
+            raise Mismatch(
+                f"this FFN accepts frames of {accepted} tokens, but the attention replica's AFD_MAX_SEQUENCES and "
+                f"AFD_PREFILL_CHUNK_TOKENS allow {hello.max_tokens}: raise AFD_MAX_FRAME_TOKENS or lower these"
+            )
+        return SlotShape(
+            num_slots=hello.num_slots,
+            max_tokens=hello.max_tokens,
+            hidden_size=config.hidden_size,
+            top_k=config.top_k,
+            dtype=self.servicer.rules.dtype,
+            frame_dtype=frame_dtype,
+            output_dtype=output_dtype,
+        )

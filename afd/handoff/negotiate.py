@@ -1,0 +1,119 @@
+"""Which transport a pair uses: each one allowed is tried with a probe, and the fastest wins."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from afd.errors import ConfigError, InternalError, TransportUnavailable
+from afd.handoff.frame import Frame
+from afd.handoff.inline import InlineTransport
+from afd.handoff.remote import Transport
+from afd.handoff.shm import ShmTransport
+from afd.handoff.slots import FrameSlots
+from afd.v1 import ffn_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+TransportName = Literal["shm", "inline"]
+LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots], Transport]] = {
+    "shm": ShmTransport,
+    "inline": InlineTransport,
+}
+
+_PROBE_SLOT = 0
+_NUM_WARM_UPS, _NUM_SMALL, _NUM_LARGE = 3, 15, 3
+_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One transport of a pair: what its probe measured, or why it cannot be had."""
+
+    transport: TransportName
+    latency_s: float = 0.0  # median round trip of one token
+    bytes_per_s: float = 0.0  # of the largest frame, both ways together
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.transport}: no, {self.reason}"
+        return f"{self.transport}: {self.latency_s * 1e6:.0f} µs, {self.bytes_per_s / 1e9:.2f} GB/s"
+
+
+def connect_pair(
+    address: str, hello: pb.Hello, frames: FrameSlots, wanted: TransportName | Literal["auto"]
+) -> tuple[Transport, Rung]:
+    """The best transport, or the one wanted, with its probe. No frame of another pair may be under way meanwhile.
+
+    Raises PeerUnavailable, Mismatch, or ConfigError if the one wanted cannot be had.
+    """
+    climbed = [climb(name, address, hello, frames) for name in LADDER if wanted in (name, "auto")]
+    for _, rung in climbed:
+        log.debug("handoff to %s over %s", address, rung)
+    usable = [(transport, rung) for transport, rung in climbed if transport is not None]
+    if not usable:
+        raise ConfigError(f"AFD_HANDOFF={wanted} cannot be had with the FFN at {address}: {climbed[0][1].reason}")
+    best = min(usable, key=lambda pair: pair[1].latency_s)
+    for transport, _ in usable:
+        if transport is not best[0]:
+            transport.close()
+    log.info("handoff to %s over %s", address, best[1])
+    return best
+
+
+def climb(name: TransportName, address: str, hello: pb.Hello, frames: FrameSlots) -> tuple[Transport | None, Rung]:
+    """Tries one transport. Raises PeerUnavailable or Mismatch for what no other one could mend."""
+    own_hello = pb.Hello()
+    own_hello.CopyFrom(hello)
+    try:
+        transport = LADDER[name](address, own_hello, frames)
+    except TransportUnavailable as error:
+        return None, Rung(name, reason=str(error))
+    try:
+        return transport, probe(name, transport, frames)
+    except InternalError as error:
+        transport.close()
+        return None, Rung(name, reason=str(error))
+
+
+def probe(name: TransportName, transport: Transport, frames: FrameSlots) -> Rung:
+    """Sends tensors there and back, and compares them. Raises PeerUnavailable, or InternalError if they differ."""
+    small = [_round_trip_s(transport, frames, 1, number) for number in range(_NUM_WARM_UPS + _NUM_SMALL)]
+    num_tokens = frames.shape.max_tokens
+    large = [_round_trip_s(transport, frames, num_tokens, number) for number in range(1 + _NUM_LARGE)]
+    num_bytes = frames.shape.frame_bytes(num_tokens) + frames.shape.answer_bytes(num_tokens)
+    return Rung(
+        name,
+        latency_s=statistics.median(small[_NUM_WARM_UPS:]),
+        bytes_per_s=num_bytes / statistics.median(large[1:]),
+    )
+
+
+def _round_trip_s(transport: Transport, frames: FrameSlots, num_tokens: int, number: int) -> float:
+    frame = _probe_frame(frames, num_tokens, number)
+    start = time.perf_counter()
+    frames.write(frame)
+    transport.send(frame)
+    output = transport.receive(frame, _TIMEOUT_S).ffn_output
+    seconds = time.perf_counter() - start
+    if not torch.equal(output, frame.ffn_input.to(output.dtype)):
+        raise InternalError("a probe did not come back as it was sent")
+    frames.withdraw(_PROBE_SLOT)
+    return seconds
+
+
+_probe_ids = iter(range(1 << 63, 1 << 64))  # apart from those of frames
+
+
+def _probe_frame(frames: FrameSlots, num_tokens: int, number: int) -> Frame:
+    """One power of two, which every dtype here holds exactly, in every place."""
+    shape = frames.shape
+    ffn_input = torch.full((num_tokens, shape.hidden_size), 2.0 ** (number % 7), dtype=shape.dtype)
+    return Frame(next(_probe_ids), _PROBE_SLOT, 0, ffn_input, None, is_probe=True)

@@ -1,0 +1,240 @@
+"""Memory that a frame or its answer lies in while it crosses: the same bytes for every transport but inline.
+
+A region is a row of slots, one for each microbatch. A slot begins with a header, whose first word is the id of the
+frame it holds and is written last: whoever reads the id finds the rest in place. Ids are never used twice, so a late
+write for an old frame is told apart from the answer that is awaited. The tensors of T tokens follow one another after
+the header; a frame is thus one run of bytes, whatever its size.
+
+T tokens, D hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd.errors import InternalError, InvalidRequest
+from afd.handoff.fp8 import FP8, dequantize, quantize
+from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
+from afd.model.moe import Routing
+
+_PAGE = 4096
+_ALIGNMENT = 64
+_FRAME = struct.Struct("<QQiII55s")  # frame_id, number of bytes, layer_idx, number of tokens, flags, traceparent
+_ANSWER = struct.Struct("<QQIIQQ")  # frame_id, number of bytes, number of tokens, of the batch's, queue_ns, compute_ns
+_HEADER_BYTES = 128
+_HAS_ROUTING, _IS_PROBE = 1, 2
+
+
+def _aligned(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
+    return -(-num_bytes // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """What the slots of a pair hold; both sides reckon with the same one."""
+
+    num_slots: int
+    max_tokens: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype  # of the model
+    frame_dtype: torch.dtype  # of ffn_input on its way out: the model's, or FP8
+    output_dtype: torch.dtype  # of ffn_output on its way back
+
+    @property
+    def frame_stride(self) -> int:
+        return _aligned(self.frame_bytes(self.max_tokens), _PAGE)
+
+    @property
+    def answer_stride(self) -> int:
+        return _aligned(self.answer_bytes(self.max_tokens), _PAGE)
+
+    def frame_bytes(self, num_tokens: int) -> int:
+        return self.part_offsets(num_tokens)[-1]
+
+    def answer_bytes(self, num_tokens: int) -> int:
+        return _HEADER_BYTES + num_tokens * self.hidden_size * self.output_dtype.itemsize
+
+    def part_offsets(self, num_tokens: int) -> tuple[int, int, int, int, int]:
+        """Where topk_ids, topk_weights, scales and ffn_input begin in a slot, and where the frame ends."""
+        ids = _HEADER_BYTES
+        weights = ids + num_tokens * self.top_k * 4
+        scales = weights + num_tokens * self.top_k * 4
+        ffn_input = _aligned(scales + (num_tokens * 4 if self.frame_dtype is FP8 else 0))
+        return ids, weights, scales, ffn_input, ffn_input + num_tokens * self.hidden_size * self.frame_dtype.itemsize
+
+
+class Region:
+    """Memory for slots, and the ways to look at it."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self.words = memoryview(memory).cast("Q")
+
+    @classmethod
+    def private(cls, num_bytes: int) -> Region:
+        """Memory of this process alone."""
+        return cls(mmap.mmap(-1, num_bytes))
+
+    @property
+    def address(self) -> int:
+        return self.bytes.data_ptr()
+
+    def tensor(self, offset: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        return self.bytes[offset : offset + num_bytes].view(dtype).view(shape)
+
+    def pin(self) -> None:
+        """Locks it for a GPU's copies, which are then fast and need no staging."""
+        if torch.cuda.is_available():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.address, self.bytes.nbytes, 0))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A frame's tensors, in its slot."""
+
+    topk_ids: Tensor  # [T, K] int32
+    topk_weights: Tensor  # [T, K] float32
+    scales: Tensor  # [T] float32, with FP8 only
+    ffn_input: Tensor  # [T, D]
+
+
+class FrameSlots:
+    """Frames on their way out. Attention writes; the FFN reads."""
+
+    def __init__(self, region: Region, shape: SlotShape) -> None:
+        self.region = region
+        self.shape = shape
+        self._parts: dict[tuple[int, int], _Parts] = {}  # by slot and number of tokens
+
+    def buffer(self, slot: int, num_tokens: int) -> Tensor | None:
+        """Where ffn_input goes as it is; None where it is encoded first."""
+        return None if self.shape.frame_dtype is FP8 else self.parts(slot, num_tokens).ffn_input
+
+    def write(self, frame: Frame) -> None:
+        """Fills the frame's slot, and posts it: from then on whoever looks may read it."""
+        shape, start = self.shape, frame.slot * self.shape.frame_stride
+        self._fill(self.parts(frame.slot, frame.num_tokens), frame)
+        flags = (_HAS_ROUTING if frame.routing else 0) | (_IS_PROBE if frame.is_probe else 0)
+        num_bytes, traceparent = shape.frame_bytes(frame.num_tokens), frame.traceparent.encode()
+        _FRAME.pack_into(self.region.memory, start, 0, num_bytes, frame.layer_idx, frame.num_tokens, flags, traceparent)
+        self.region.words[start // 8] = frame.frame_id
+
+    def posted(self, slot: int) -> int:
+        """The id of the frame in a slot; 0: none."""
+        return self.region.words[slot * self.shape.frame_stride // 8]
+
+    def withdraw(self, slot: int) -> None:
+        """Nobody awaits the answer any more."""
+        self.region.words[slot * self.shape.frame_stride // 8] = 0
+
+    def read(self, slot: int, rules: FrameRules) -> Frame:
+        """The frame posted in a slot, checked; ffn_input is not copied. Raises InvalidRequest."""
+        header = _FRAME.unpack_from(self.region.memory, slot * self.shape.frame_stride)
+        frame_id, num_bytes, layer_idx, num_tokens, flags, traceparent = header
+        has_routing, is_probe = bool(flags & _HAS_ROUTING), bool(flags & _IS_PROBE)
+        if not is_probe:
+            rules.check(layer_idx, num_tokens, has_routing)
+        if not 1 <= num_tokens <= self.shape.max_tokens:
+            raise InvalidRequest(f"the frame has {num_tokens} tokens, but its slot is for {self.shape.max_tokens}")
+        if num_bytes != self.shape.frame_bytes(num_tokens):
+            expected = self.shape.frame_bytes(num_tokens)
+            raise InvalidRequest(f"the frame says it has {num_bytes} bytes, but {num_tokens} tokens take {expected}")
+        parts = self.parts(slot, num_tokens)
+        return Frame(
+            frame_id=frame_id,
+            slot=slot,
+            layer_idx=layer_idx,
+            ffn_input=self._ffn_input(parts),
+            routing=_routing(parts, rules) if has_routing else None,
+            traceparent=traceparent.rstrip(b"\0").decode("ascii", "replace"),
+            is_probe=is_probe,
+        )
+
+    def parts(self, slot: int, num_tokens: int) -> _Parts:
+        if (slot, num_tokens) not in self._parts:
+            self._parts[slot, num_tokens] = self._make_parts(slot, num_tokens)
+        return self._parts[slot, num_tokens]
+
+    def _make_parts(self, slot: int, num_tokens: int) -> _Parts:
+        shape, start = self.shape, slot * self.shape.frame_stride
+        ids, weights, scales, ffn_input, _ = (start + offset for offset in shape.part_offsets(num_tokens))
+        return _Parts(
+            topk_ids=self.region.tensor(ids, torch.int32, num_tokens, shape.top_k),
+            topk_weights=self.region.tensor(weights, torch.float32, num_tokens, shape.top_k),
+            scales=self.region.tensor(scales, torch.float32, num_tokens if shape.frame_dtype is FP8 else 0),
+            ffn_input=self.region.tensor(ffn_input, shape.frame_dtype, num_tokens, shape.hidden_size),
+        )
+
+    def _fill(self, parts: _Parts, frame: Frame) -> None:
+        if self.shape.frame_dtype is FP8:
+            for part, value in zip((parts.ffn_input, parts.scales), quantize(frame.ffn_input), strict=True):
+                part.copy_(value)
+        elif parts.ffn_input.data_ptr() != frame.ffn_input.data_ptr():
+            parts.ffn_input.copy_(frame.ffn_input)
+        if frame.routing is not None:
+            parts.topk_ids.copy_(frame.routing.topk_ids)
+            parts.topk_weights.copy_(frame.routing.topk_weights)
+
+    def _ffn_input(self, parts: _Parts) -> Tensor:
+        if self.shape.frame_dtype is FP8:
+            return dequantize(parts.ffn_input, parts.scales, self.shape.dtype)
+        return parts.ffn_input
+
+
+def _routing(parts: _Parts, rules: FrameRules) -> Routing:
+    """Copied before it is checked: nobody can change it afterwards."""
+    routing = Routing(parts.topk_ids.clone(), parts.topk_weights.clone())
+    rules.check_experts(routing.topk_ids)
+    return routing
+
+
+class AnswerSlots:
+    """Partial sums on their way back. The FFN writes; attention reads."""
+
+    def __init__(self, region: Region, shape: SlotShape) -> None:
+        self.region = region
+        self.shape = shape
+        self._outputs: dict[tuple[int, int], Tensor] = {}  # by slot and number of tokens
+
+    def buffer(self, slot: int, num_tokens: int) -> Tensor:
+        """Where ffn_output [T, D] goes."""
+        if (slot, num_tokens) not in self._outputs:
+            offset = slot * self.shape.answer_stride + _HEADER_BYTES
+            output = self.region.tensor(offset, self.shape.output_dtype, num_tokens, self.shape.hidden_size)
+            self._outputs[slot, num_tokens] = output
+        return self._outputs[slot, num_tokens]
+
+    def post(self, frame: Frame, timing: Timing) -> None:
+        """Tells that the frame's buffer is filled."""
+        start, num_tokens = frame.slot * self.shape.answer_stride, frame.num_tokens
+        num_bytes = self.shape.answer_bytes(num_tokens)
+        numbers = (num_tokens, timing.num_batch_tokens, timing.queue_ns, timing.compute_ns)
+        _ANSWER.pack_into(self.region.memory, start, 0, num_bytes, *numbers)
+        self.region.words[start // 8] = frame.frame_id
+
+    def posted(self, slot: int) -> int:
+        """The id of the frame that the answer in a slot belongs to."""
+        return self.region.words[slot * self.shape.answer_stride // 8]
+
+    def read(self, slot: int, num_tokens: int) -> FrameOutput:
+        """The answer posted in a slot, for a frame of num_tokens; it is not copied. Raises InternalError."""
+        header = _ANSWER.unpack_from(self.region.memory, slot * self.shape.answer_stride)
+        _, num_bytes, answered_tokens, num_batch_tokens, queue_ns, compute_ns = header
+        if (answered_tokens, num_bytes) != (num_tokens, self.shape.answer_bytes(num_tokens)):
+            raise InternalError(
+                f"the answer has {answered_tokens} tokens in {num_bytes} bytes, but the frame had {num_tokens}"
+            )
+        return FrameOutput(
+            self.buffer(slot, num_tokens), Timing(queue_ns, compute_ns, num_batch_tokens), time.perf_counter_ns()
+        )
