@@ -73,7 +73,7 @@ class ComputeSettings(ServiceSettings):
     device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
     handoff_spin_us: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
-        20_000, description="how long a side looks out for the other one, giving way to others, before it sleeps"
+        50, description="how long a side looks out for the other one, giving way to others, before it sleeps"
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8
 from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
@@ -40,6 +41,7 @@ from tests.conftest import Model
 CPU = torch.device("cpu")
 MAX_FRAME_TOKENS = 64
 NUM_SLOTS = 3
+SPIN_S = 0.001
 
 each_transport = pytest.mark.parametrize("kind", list(LADDER))
 
@@ -66,6 +68,7 @@ class StubEndpoint:
     """A pair without a network: frames are put in, answers are looked up."""
 
     def __init__(self, *frames: Frame) -> None:
+        self.bell = Bell.private()
         self.arriving = list(frames)
         self.awaited = {frame.frame_id for frame in frames}
         self.answers: dict[int, tuple[torch.Tensor, Timing]] = {}
@@ -110,7 +113,6 @@ class Shard:
             topology=ours,
             frame_dtype=dtype_to_proto(frame_dtype),
             output_dtype=dtype_to_proto(torch.bfloat16 if frame_dtype is FP8 else torch.float32),
-            spin_us=1000,
             num_slots=NUM_SLOTS,
             max_tokens=MAX_FRAME_TOKENS,
         )
@@ -133,7 +135,9 @@ class Shard:
     ) -> Pair:
         frames = self.frames(frame_dtype)
         try:
-            transport = await asyncio.to_thread(LADDER[kind], self.address, self.hello(frame_dtype, **changes), frames)
+            transport = await asyncio.to_thread(
+                LADDER[kind], self.address, self.hello(frame_dtype, **changes), frames, SPIN_S
+            )
             return Pair(transport, frames)
         finally:
             assert isinstance(frames.region, SharedRegion)
@@ -161,13 +165,12 @@ class Shard:
 async def running_shard(model: Model, shard: int = 0, num_shards: int = 1) -> AsyncIterator[Shard]:
     checkpoint = Checkpoint(model.path)
     loaded = load_ffn_shard(checkpoint, shard, num_shards, torch.float32, CPU, lambda done, total: None)
-    batcher = Batcher(loaded, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
+    batcher = Batcher(loaded, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
     batcher.start()
     welcome = pb.Welcome(
         replica_id="ffn",
         topology=topology(checkpoint.config, checkpoint.fingerprint, torch.float32, shard, num_shards),
         max_frame_tokens=MAX_FRAME_TOKENS,
-        spin_us=1000,
     )
     servicer = FfnServicer(batcher, welcome, torch.float32)
 
@@ -245,7 +248,7 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
         whole = await stack.enter_async_context(running_shard(model))
         frames = whole.frames()
         pairs = [
-            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, kind)
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, kind, SPIN_S)
             for shard, kind in zip(shards, ("shm", "inline", "auto"), strict=True)
         ]
         ffn = RemoteFFN([transport for transport, _ in pairs], frames, CPU, timeout_s=5.0)
@@ -263,7 +266,7 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
 
 async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Model) -> None:
     async with running_shard(model) as shard:
-        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
         frames = [shard.frame(frame_id=i, num_tokens=i) for i in (1, 2, 3)]
         replicas = [StubEndpoint(frames[0]), StubEndpoint(*frames[1:], shard.frame(frame_id=4, moe=False))]
         for replica in replicas:
@@ -313,7 +316,7 @@ async def test_stream_without_a_hello_is_refused(model: Model) -> None:
 
 async def test_nobody_at_the_address_is_an_error_in_bounded_time() -> None:
     with pytest.raises(PeerUnavailable):
-        await asyncio.to_thread(ControlStream, "127.0.0.1:1", pb.Hello())
+        await asyncio.to_thread(ControlStream, "127.0.0.1:1", pb.Hello(), SPIN_S)
 
 
 def encoded(frame: Frame) -> pb.Frame:
@@ -406,6 +409,7 @@ async def test_damaged_slot_is_refused_and_the_pair_goes_on(
         pair.frames.withdraw(0)
         damage(pair.frames, offset, damaged)
         pair.frames.region.words[0] = bad.frame_id
+        pair.transport.send(bad)
         with pytest.raises(InternalError, match=words):
             await pair.receive(bad)
         await pair.send(good)
@@ -445,8 +449,8 @@ async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
         frames = shard.frames()
         monkeypatch.setattr("afd.handoff.shm.DIRECTORY", tmp_path)  # the endpoint looks here; the file is elsewhere
         with pytest.raises(ConfigError, match=r"AFD_HANDOFF=shm cannot be had .* cannot open .* another host"):
-            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm")
-        transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto")
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm", SPIN_S)
+        transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert (transport.name, rung.transport) == ("inline", "inline")
         transport.close()
         monkeypatch.undo()
@@ -487,7 +491,7 @@ def test_sweep_removes_what_a_killed_process_left_and_nothing_else() -> None:
 
 async def test_dropped_frame_is_not_computed(model: Model) -> None:
     async with running_shard(model) as shard:
-        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=0.001, device=CPU)
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
         mine, other = StubEndpoint(shard.frame(1), shard.frame(2)), StubEndpoint(shard.frame(3))
         mine.awaited.discard(1)
         batcher.attach(mine)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import grpc
 
 from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.handoff.bell import Bell, sleep_until_rung
 from afd.handoff.handshake import refuse_mismatch
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 
 HANDSHAKE_TIMEOUT_S = 5.0
-SLEEP_S = 0.01  # longest sleep of a side that awaits something outside the stream: nobody waits longer for a lost ring
+LONGEST_SLEEP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,18 @@ class Arrival:
 class ControlStream:
     """Used by one thread; another one reads the stream behind it."""
 
-    def __init__(self, address: str, hello: pb.Hello) -> None:
-        """Connects and shakes hands. Raises PeerUnavailable, Mismatch naming what differs, or TransportUnavailable."""
+    def __init__(self, address: str, hello: pb.Hello, spin_s: float, bell: Bell | None = None) -> None:
+        """Connects and shakes hands. Raises PeerUnavailable, Mismatch naming what differs, or TransportUnavailable.
+
+        `bell` rings for what comes outside the stream; spin_s is how long to look out for it before sleeping.
+        """
         self.address = address
-        self.spin_s = hello.spin_us / 1e6
+        self.spin_s = spin_s
         self.arrivals: dict[int, Arrival] = {}
         self._refusals: dict[int, str] = {}
         self._error: AfdError | None = None
-        self._heard_ns = 0
-        self._bell = threading.Event()
+        self._stream_bell = Bell.private()
+        self._bells = [self._stream_bell] if bell is None else [self._stream_bell, bell]
         self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         self._welcomes: queue.SimpleQueue[pb.Welcome] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -56,11 +60,6 @@ class ControlStream:
 
     def put(self, request: pb.ConnectRequest) -> None:
         self._outbox.put(request)
-
-    def ring_if_asleep(self) -> None:
-        """Wakes the FFN if it may have given up looking out for frames."""
-        if time.perf_counter_ns() - self._heard_ns > self.welcome.spin_us * 500:
-            self.put(pb.ConnectRequest(ring=pb.Ring()))
 
     def drop(self, frame_id: int) -> None:
         self.arrivals.pop(frame_id, None)
@@ -85,9 +84,7 @@ class ControlStream:
             if waited_s < self.spin_s:
                 os.sched_yield()
             else:
-                self._bell.wait(SLEEP_S)
-                self._bell.clear()
-        self._heard_ns = time.perf_counter_ns()
+                sleep_until_rung(self._bells, min(LONGEST_SLEEP_S, timeout_s - waited_s))
 
     def close(self) -> None:
         self._outbox.put(None)
@@ -107,7 +104,7 @@ class ControlStream:
             reason = to_error(error)
             kind = Mismatch if isinstance(reason, Mismatch) else PeerUnavailable
             self._error = kind(f"the FFN at {self.address}: {reason}")
-        self._bell.set()
+        self._stream_bell.ring()
 
     def _take(self, response: pb.ConnectResponse) -> None:
         kind = response.WhichOneof("message")
@@ -117,7 +114,7 @@ class ControlStream:
             self._refusals[response.frame_error.frame_id] = response.frame_error.message
         elif kind == "welcome":
             self._welcomes.put(response.welcome)
-        self._bell.set()
+        self._stream_bell.ring()
 
     def _shake_hands(self, hello: pb.Hello) -> pb.Welcome:
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import AfdError, InternalError, InvalidRequest
+from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8, dequantize, quantize
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
@@ -23,9 +24,9 @@ class InlineTransport:
 
     name = "inline"
 
-    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
         self.shape = frames.shape
-        self.control = ControlStream(address, hello)
+        self.control = ControlStream(address, hello, spin_s)
 
     def send(self, frame: Frame) -> None:
         self.control.put(pb.ConnectRequest(frame=frame_to_proto(frame, self.shape.frame_dtype)))
@@ -56,6 +57,7 @@ class InlineEndpoint:
         self.post = post
         self.rules = rules
         self.shape = shape
+        self.bell = Bell.private()
         self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._awaited: set[int] = set()
 
@@ -64,6 +66,7 @@ class InlineEndpoint:
         frame = frame_from_proto(message, self.rules, self.shape.frame_dtype)
         self._awaited.add(frame.frame_id)
         self._inbox.put(frame)
+        self.bell.ring()
 
     def drop(self, frame_id: int) -> None:
         self._awaited.discard(frame_id)

@@ -22,7 +22,7 @@ from afd.v1 import ffn_pb2 as pb
 log = logging.getLogger(__name__)
 
 TransportName = Literal["shm", "inline"]
-LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots], Transport]] = {
+LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots, float], Transport]] = {
     "shm": ShmTransport,
     "inline": InlineTransport,
 }
@@ -48,13 +48,13 @@ class Rung:
 
 
 def connect_pair(
-    address: str, hello: pb.Hello, frames: FrameSlots, wanted: TransportName | Literal["auto"]
+    address: str, hello: pb.Hello, frames: FrameSlots, wanted: TransportName | Literal["auto"], spin_s: float
 ) -> tuple[Transport, Rung]:
     """The best transport, or the one wanted, with its probe. No frame of another pair may be under way meanwhile.
 
     Raises PeerUnavailable, Mismatch, or ConfigError if the one wanted cannot be had.
     """
-    climbed = [climb(name, address, hello, frames) for name in LADDER if wanted in (name, "auto")]
+    climbed = [climb(name, address, hello, frames, spin_s) for name in LADDER if wanted in (name, "auto")]
     for _, rung in climbed:
         log.debug("handoff to %s over %s", address, rung)
     usable = [(transport, rung) for transport, rung in climbed if transport is not None]
@@ -68,12 +68,14 @@ def connect_pair(
     return best
 
 
-def climb(name: TransportName, address: str, hello: pb.Hello, frames: FrameSlots) -> tuple[Transport | None, Rung]:
+def climb(
+    name: TransportName, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float
+) -> tuple[Transport | None, Rung]:
     """Tries one transport. Raises PeerUnavailable or Mismatch for what no other one could mend."""
     own_hello = pb.Hello()
     own_hello.CopyFrom(hello)
     try:
-        transport = LADDER[name](address, own_hello, frames)
+        transport = LADDER[name](address, own_hello, frames, spin_s)
     except TransportUnavailable as error:
         return None, Rung(name, reason=str(error))
     try:

@@ -5,6 +5,7 @@ Needs x86-64, whose processors keep the order of writes; elsewhere Python has no
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -12,12 +13,13 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from afd.errors import AfdError, InternalError, InvalidRequest, TransportUnavailable
+from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape
@@ -35,7 +37,7 @@ class SharedRegion(Region):
         """Raises TransportUnavailable where there is no shared memory, or too little."""
         if platform.machine() not in ("x86_64", "AMD64"):
             raise TransportUnavailable(f"shared memory needs x86-64's order of writes; this is {platform.machine()}")
-        self.name = f"afd-{uuid.uuid4().hex}"
+        self.name = _new_name()
         try:
             super().__init__(_make_file(DIRECTORY / self.name, num_bytes))
         except OSError as error:
@@ -50,6 +52,15 @@ class SharedRegion(Region):
         (DIRECTORY / self.name).unlink(missing_ok=True)
 
 
+def _new_name() -> str:
+    return f"afd-{uuid.uuid4().hex}"
+
+
+def _make_bell(name: str) -> Bell:
+    os.mkfifo(DIRECTORY / name, 0o600)
+    return Bell.named(DIRECTORY / name)
+
+
 def _make_file(path: Path, num_bytes: int) -> mmap.mmap:
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -62,21 +73,37 @@ def _make_file(path: Path, num_bytes: int) -> mmap.mmap:
 
 def open_region(name: str, num_bytes: int, writable: bool) -> Region:
     """A region that a peer of this host has made. Raises TransportUnavailable if this process cannot see it."""
-    if not _NAME.fullmatch(name):
-        raise TransportUnavailable("the offered name is not one of shared memory")
-    try:
-        file = os.open(DIRECTORY / name, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise TransportUnavailable(
-            f"the FFN cannot open the attention side's memory in {DIRECTORY} ({error.strerror}): "
-            "another host, another user, or a container with a /dev/shm of its own"
-        ) from None
+    with _in_words():
+        file = os.open(_path(name), (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if os.fstat(file).st_size != num_bytes:
             raise TransportUnavailable(f"the offered memory has {os.fstat(file).st_size} bytes, not {num_bytes}")
         return Region(mmap.mmap(file, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
     finally:
         os.close(file)
+
+
+def open_bell(name: str) -> Bell:
+    """A bell that a peer of this host has made. Raises TransportUnavailable if this process cannot see it."""
+    with _in_words():
+        return Bell.named(_path(name))
+
+
+def _path(name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise TransportUnavailable("the offered name is not one of shared memory")
+    return DIRECTORY / name
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TransportUnavailable(
+            f"the FFN cannot open the attention side's memory in {DIRECTORY} ({error.strerror}): "
+            "another host, another user, or a container with a /dev/shm of its own"
+        ) from None
 
 
 def sweep() -> None:
@@ -94,22 +121,32 @@ class ShmTransport:
 
     name = "shm"
 
-    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
         """Raises TransportUnavailable if the two do not share memory."""
         if not isinstance(frames.region, SharedRegion):
             raise TransportUnavailable("this attention replica has no shared memory for its frames")
         shape = frames.shape
         answers = SharedRegion(shape.num_slots * shape.answer_stride)
+        frame_bell, answer_bell = _new_name(), _new_name()
         try:
-            hello.shm.CopyFrom(pb.ShmOffer(frames_name=frames.region.name, answers_name=answers.name))
-            self.control = ControlStream(address, hello)
+            self._frame_bell = _make_bell(frame_bell)
+            hello.shm.CopyFrom(
+                pb.ShmOffer(
+                    frames_name=frames.region.name,
+                    answers_name=answers.name,
+                    frame_bell_name=frame_bell,
+                    answer_bell_name=answer_bell,
+                )
+            )
+            self.control = ControlStream(address, hello, spin_s, _make_bell(answer_bell))
         finally:
-            answers.unlink()
+            for name in (answers.name, frame_bell, answer_bell):
+                (DIRECTORY / name).unlink(missing_ok=True)
         self.answers = AnswerSlots(answers, shape)
 
     def send(self, frame: Frame) -> None:
         """The frame is where the FFN looks already."""
-        self.control.ring_if_asleep()
+        self._frame_bell.ring()
 
     def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
         posted, slot, frame_id = self.answers.posted, frame.slot, frame.frame_id
@@ -135,11 +172,12 @@ class ShmEndpoint:
         """Raises TransportUnavailable if the two do not share memory."""
         self.post = post
         self.rules = rules
-        self.spin_ns = hello.spin_us * 1000
         frames = open_region(hello.shm.frames_name, shape.num_slots * shape.frame_stride, writable=False)
         answers = open_region(hello.shm.answers_name, shape.num_slots * shape.answer_stride, writable=True)
+        self.bell = open_bell(hello.shm.frame_bell_name)
         self.frames = FrameSlots(frames, shape)
         self.answers = AnswerSlots(answers, shape)
+        self._answer_bell = open_bell(hello.shm.answer_bell_name)
         self._seen = [self.frames.posted(slot) for slot in range(shape.num_slots)]
 
     def poll(self) -> list[Frame]:
@@ -163,8 +201,7 @@ class ShmEndpoint:
     def reply(self, frame: Frame, ffn_output: Tensor, timing: Timing) -> None:
         """ffn_output lies in the frame's buffer."""
         self.answers.post(frame, timing)
-        if timing.queue_ns + timing.compute_ns > self.spin_ns // 2:
-            self.post(pb.ConnectResponse(ring=pb.Ring()))
+        self._answer_bell.ring()
 
     def refuse(self, frame_id: int, error: AfdError) -> None:
         self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))

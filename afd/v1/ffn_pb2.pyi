@@ -7,28 +7,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("hello", "frame", "drop_frame", "ring")
+    __slots__ = ("hello", "frame", "drop_frame")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     DROP_FRAME_FIELD_NUMBER: _ClassVar[int]
-    RING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     frame: Frame
     drop_frame: DropFrame
-    ring: Ring
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., drop_frame: _Optional[_Union[DropFrame, _Mapping]] = ..., ring: _Optional[_Union[Ring, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., drop_frame: _Optional[_Union[DropFrame, _Mapping]] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("welcome", "output", "frame_error", "ring")
+    __slots__ = ("welcome", "output", "frame_error")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     FRAME_ERROR_FIELD_NUMBER: _ClassVar[int]
-    RING_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     output: FrameOutput
     frame_error: FrameError
-    ring: Ring
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., output: _Optional[_Union[FrameOutput, _Mapping]] = ..., frame_error: _Optional[_Union[FrameError, _Mapping]] = ..., ring: _Optional[_Union[Ring, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., output: _Optional[_Union[FrameOutput, _Mapping]] = ..., frame_error: _Optional[_Union[FrameError, _Mapping]] = ...) -> None: ...
 
 class Topology(_message.Message):
     __slots__ = ("protocol_version", "model_fingerprint", "hidden_size", "num_layers", "num_experts", "top_k", "dtype", "shard", "num_shards")
@@ -53,66 +49,46 @@ class Topology(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("replica_id", "topology", "frame_dtype", "output_dtype", "spin_us", "num_slots", "max_tokens", "shm", "nixl")
+    __slots__ = ("replica_id", "topology", "frame_dtype", "output_dtype", "num_slots", "max_tokens", "shm")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     FRAME_DTYPE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SPIN_US_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
-    NIXL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     topology: Topology
     frame_dtype: _tensor_pb2.Dtype
     output_dtype: _tensor_pb2.Dtype
-    spin_us: int
     num_slots: int
     max_tokens: int
     shm: ShmOffer
-    nixl: NixlOffer
-    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., frame_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., output_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., spin_us: _Optional[int] = ..., num_slots: _Optional[int] = ..., max_tokens: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
+    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., frame_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., output_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., num_slots: _Optional[int] = ..., max_tokens: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
-    __slots__ = ("frames_name", "answers_name")
+    __slots__ = ("frames_name", "answers_name", "frame_bell_name", "answer_bell_name")
     FRAMES_NAME_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_NAME_FIELD_NUMBER: _ClassVar[int]
+    FRAME_BELL_NAME_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_BELL_NAME_FIELD_NUMBER: _ClassVar[int]
     frames_name: str
     answers_name: str
-    def __init__(self, frames_name: _Optional[str] = ..., answers_name: _Optional[str] = ...) -> None: ...
-
-class NixlOffer(_message.Message):
-    __slots__ = ("agent_metadata", "answers_address")
-    AGENT_METADATA_FIELD_NUMBER: _ClassVar[int]
-    ANSWERS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    agent_metadata: bytes
-    answers_address: int
-    def __init__(self, agent_metadata: _Optional[bytes] = ..., answers_address: _Optional[int] = ...) -> None: ...
-
-class NixlAnswer(_message.Message):
-    __slots__ = ("agent_metadata", "frames_address")
-    AGENT_METADATA_FIELD_NUMBER: _ClassVar[int]
-    FRAMES_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    agent_metadata: bytes
-    frames_address: int
-    def __init__(self, agent_metadata: _Optional[bytes] = ..., frames_address: _Optional[int] = ...) -> None: ...
+    frame_bell_name: str
+    answer_bell_name: str
+    def __init__(self, frames_name: _Optional[str] = ..., answers_name: _Optional[str] = ..., frame_bell_name: _Optional[str] = ..., answer_bell_name: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("replica_id", "topology", "max_frame_tokens", "spin_us", "declined", "nixl")
+    __slots__ = ("replica_id", "topology", "max_frame_tokens", "declined")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SPIN_US_FIELD_NUMBER: _ClassVar[int]
     DECLINED_FIELD_NUMBER: _ClassVar[int]
-    NIXL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     topology: Topology
     max_frame_tokens: int
-    spin_us: int
     declined: str
-    nixl: NixlAnswer
-    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., spin_us: _Optional[int] = ..., declined: _Optional[str] = ..., nixl: _Optional[_Union[NixlAnswer, _Mapping]] = ...) -> None: ...
+    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., declined: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe")
@@ -139,10 +115,6 @@ class DropFrame(_message.Message):
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     def __init__(self, frame_id: _Optional[int] = ...) -> None: ...
-
-class Ring(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
 
 class FrameOutput(_message.Message):
     __slots__ = ("frame_id", "ffn_output", "queue_ns", "compute_ns", "num_batch_tokens")

@@ -59,8 +59,8 @@ class FfnServiceServicer(object):
         frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
         does not end the stream.
 
-        With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
-        rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
+        With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
+        and whose end ends the pair. Without one they move in it, as `frame` and `output`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,8 +41,8 @@ class FfnServiceStub:
     frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
     does not end the stream.
 
-    With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
-    rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
+    With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
+    and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
     GetFfnLoad: _grpc.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]
     """What this shard is doing now."""
@@ -60,8 +60,8 @@ class FfnServiceAsyncStub(FfnServiceStub):
     frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
     does not end the stream.
 
-    With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
-    rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
+    With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
+    and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
     GetFfnLoad: _aio.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]  # type: ignore[assignment]
     """What this shard is doing now."""
@@ -82,8 +82,8 @@ class FfnServiceServicer(metaclass=_abc_1.ABCMeta):
         frame is answered by one output or one `frame_error` with its frame_id, in any order; a frame that is refused
         does not end the stream.
 
-        With a transport in `hello` the tensors move outside this stream, which then carries only drops, refusals and
-        rings, and whose end ends the pair. Without one they move in it, as `frame` and `output`.
+        With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
+        and whose end ends the pair. Without one they move in it, as `frame` and `output`.
         """
 
     @_abc_1.abstractmethod

@@ -125,7 +125,8 @@ class FfnConnector:
         )
         for replica in candidates:
             try:
-                return connect_pair(replica.address, self._hello(shard, frames.shape), frames, self.settings.handoff)
+                hello, spin_s = self._hello(shard, frames.shape), self.settings.handoff_spin_us / 1e6
+                return connect_pair(replica.address, hello, frames, self.settings.handoff, spin_s)
             except (PeerUnavailable, Mismatch) as error:
                 failure = error
         raise failure
@@ -137,7 +138,6 @@ class FfnConnector:
             topology=topology(config, fingerprint, self.dtype, shard, self.num_shards),
             frame_dtype=dtype_to_proto(shape.frame_dtype),
             output_dtype=dtype_to_proto(shape.output_dtype),
-            spin_us=self.settings.handoff_spin_us,
             num_slots=shape.num_slots,
             max_tokens=shape.max_tokens,
         )

@@ -41,7 +41,6 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
         replica_id=settings.replica_id,
         topology=topology(checkpoint.config, checkpoint.fingerprint, dtype, shard, num_shards),
         max_frame_tokens=settings.max_frame_tokens,
-        spin_us=settings.handoff_spin_us,
     )
     servicer = FfnServicer(batcher, welcome, dtype)
 

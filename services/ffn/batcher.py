@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from afd.errors import AfdError, InternalError
-from afd.handoff.control import SLEEP_S
+from afd.handoff.bell import Bell, sleep_until_rung
+from afd.handoff.control import LONGEST_SLEEP_S
 from afd.handoff.frame import Frame, Timing
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 class Endpoint(Protocol):
     """The FFN side of an attention-FFN pair, whatever its transport."""
+
+    bell: Bell  # rings when there may be something to poll
 
     def poll(self) -> list[Frame]:
         """What has arrived since the last look, checked. What is wrong with a frame is told to its sender."""
@@ -81,7 +84,7 @@ class Batcher:
         self.endpoints: tuple[Endpoint, ...] = ()
         self._queue: list[QueuedFrame] = []
         self._worked_at = 0.0
-        self._bell = threading.Event()
+        self._own_bell = Bell.private()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ffn", daemon=True)
 
@@ -94,15 +97,12 @@ class Batcher:
 
     def stop(self) -> None:
         self._stopping = True
-        self.ring()
+        self._own_bell.ring()
         self._thread.join()
-
-    def ring(self) -> None:
-        """Something has arrived: look at once."""
-        self._bell.set()
 
     def attach(self, endpoint: Endpoint) -> None:
         self.endpoints = (*self.endpoints, endpoint)
+        self._own_bell.ring()
 
     def detach(self, endpoint: Endpoint) -> None:
         """Its frames that wait are dropped: nobody awaits the answers."""
@@ -124,10 +124,7 @@ class Batcher:
         if time.monotonic() - self._worked_at < self.spin_s:
             os.sched_yield()
         else:
-            self._bell.wait(SLEEP_S)
-            if self._bell.is_set():
-                self._bell.clear()
-                self._worked_at = time.monotonic()
+            sleep_until_rung([self._own_bell, *(endpoint.bell for endpoint in self.endpoints)], LONGEST_SLEEP_S)
 
     def _collect(self) -> None:
         for endpoint in self.endpoints:

@@ -121,14 +121,11 @@ class _Pair:
         try:
             async for request in requests:
                 self._take(endpoint, request)
-                self.servicer.batcher.ring()
         finally:
             self.outbox.put_nowait(None)
 
     def _take(self, endpoint: Endpoint, request: pb.ConnectRequest) -> None:
         kind = request.WhichOneof("message")
-        if kind == "ring":
-            return
         if not isinstance(endpoint, InlineEndpoint) or kind not in ("frame", "drop_frame"):
             endpoint.refuse(0, InvalidRequest("a frame was expected"))
         elif kind == "drop_frame":
