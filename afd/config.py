@@ -81,7 +81,7 @@ class AttentionSettings(ComputeSettings):
     ffn_shards: Annotated[int, Field(ge=0)] = Field(
         1, description="shards the FFN is split into; 0 runs the FFN inside this process"
     )
-    microbatches: Count = Field(
+    microbatches: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="parts of the batch that cross the layers independently; without FFN shards it is 1"
     )
     handoff: Literal["auto", "shm", "inline"] = Field(

@@ -23,10 +23,10 @@ from afd.handoff.fp8 import FP8
 from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
 from afd.handoff.handshake import topology
 from afd.handoff.inline import frame_to_proto
-from afd.handoff.negotiate import LADDER, TransportName, connect_pair
+from afd.handoff.negotiate import LADDER, Rung, TransportName, connect_pair
 from afd.handoff.remote import RemoteFFN, Transport
 from afd.handoff.shm import DIRECTORY, SharedRegion, ShmTransport, open_region, sweep
-from afd.handoff.slots import FrameSlots, SlotShape
+from afd.handoff.slots import FrameSlots, Region, SlotShape
 from afd.handoff.tensors import dtype_to_proto
 from afd.model.checkpoint import Checkpoint
 from afd.model.moe import Routing
@@ -306,6 +306,50 @@ async def test_mismatch_is_refused_within_a_second_naming_both_values(
         assert time.monotonic() - start < 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"frame_dtype": 2}, "bfloat16 out and torch.float32 back cannot be had from an FFN in torch.float32"),
+        ({"output_dtype": 3}, "int32 back cannot be had"),
+        ({"frame_dtype": 77}, "dtype 77 is not a dtype of frames"),
+        ({"num_slots": 0}, "cannot have 0 slots of 64 tokens"),
+        ({"num_slots": 4_000_000_000}, "cannot have 4000000000 slots"),
+        ({"max_tokens": 0}, "cannot have 3 slots of 0 tokens"),
+        ({"max_tokens": 65}, "accepts frames of 64 tokens, .* raise AFD_MAX_FRAME_TOKENS"),
+    ],
+)
+async def test_slots_that_cannot_be_are_refused_in_the_handshake(
+    model: Model, changes: dict[str, Any], words: str
+) -> None:
+    async with running_shard(model) as shard:
+        hello = shard.hello()
+        for name, value in changes.items():
+            setattr(hello, name, value)
+        with pytest.raises(Mismatch, match=words):
+            await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
+
+
+@pytest.mark.parametrize("failing", ["shm", "inline"])
+async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
+    model: Model, monkeypatch: pytest.MonkeyPatch, failing: TransportName
+) -> None:
+    def fail(name: TransportName, *others: Any) -> Rung:
+        if name == failing:
+            raise PeerUnavailable("lost")
+        return Rung(name)
+
+    monkeypatch.setattr("afd.handoff.negotiate.probe", fail)
+    async with running_shard(model) as shard:
+        frames = shard.frames()
+        with pytest.raises(PeerUnavailable, match="lost"):
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
+        assert isinstance(frames.region, SharedRegion)
+        frames.region.unlink()
+        async with asyncio.timeout(5):
+            while shard.servicer.num_streams or shard.servicer.batcher.endpoints:
+                await asyncio.sleep(0.01)
+
+
 async def test_stream_without_a_hello_is_refused(model: Model) -> None:
     async with running_shard(model) as shard, grpc.aio.insecure_channel(shard.address) as channel:
         call = ffn_pb2_grpc.FfnServiceStub(channel).Connect()
@@ -320,7 +364,12 @@ async def test_nobody_at_the_address_is_an_error_in_bounded_time() -> None:
 
 
 def encoded(frame: Frame) -> pb.Frame:
-    return frame_to_proto(frame, torch.float32)
+    num_tokens, hidden_size = frame.ffn_input.shape
+    top_k = frame.routing.topk_ids.shape[1] if frame.routing else 1
+    shape = SlotShape(1, num_tokens, hidden_size, top_k, torch.float32, torch.float32, torch.float32)
+    frames = FrameSlots(Region.private(shape.frame_stride), shape)
+    frames.write(frame)
+    return frame_to_proto(frame, frames)
 
 
 def bad_frames(shard: Shard) -> dict[str, pb.Frame]:
@@ -460,7 +509,7 @@ async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
 
 def test_full_shared_memory_is_a_sentence(tmp_path: Path) -> None:
     before = set(DIRECTORY.iterdir())
-    with pytest.raises(TransportUnavailable, match=r"no room for .*--shm-size"):
+    with pytest.raises(TransportUnavailable, match=r"KiB of shared memory cannot be had in .*--shm-size"):
         SharedRegion(1 << 50)
     assert set(DIRECTORY.iterdir()) == before
 

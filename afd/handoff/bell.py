@@ -8,6 +8,8 @@ import select
 from collections.abc import Iterable
 from pathlib import Path
 
+LONGEST_SLEEP_S = 1.0
+
 
 class Bell:
     """A pipe: whoever rings writes a byte, and the sleeper sees that there is something to read. A ring that comes
@@ -46,12 +48,18 @@ class Bell:
             os.close(file)
 
 
-def sleep_until_rung(bells: Iterable[Bell], timeout_s: float) -> bool:
-    """Whether one rang; returns as soon as one does, or has since the last time."""
+def pause(waited_s: float, spin_s: float, bells: Iterable[Bell], longest_s: float = LONGEST_SLEEP_S) -> None:
+    """What a thread does between two looks at what it awaits: at first it gives way to others, after spin_s it sleeps
+    until a bell rings, or has rung since it last slept (docs/adr/0005)."""
+    if waited_s < spin_s:
+        os.sched_yield()
+    else:
+        _sleep_until_rung(bells, min(longest_s, LONGEST_SLEEP_S))
+
+
+def _sleep_until_rung(bells: Iterable[Bell], timeout_s: float) -> None:
     poll, by_file = select.poll(), {bell.fileno(): bell for bell in bells}
     for file in by_file:
         poll.register(file, select.POLLIN)
-    rung = poll.poll(timeout_s * 1000)
-    for file, _ in rung:
+    for file, _ in poll.poll(timeout_s * 1000):
         by_file[file].silence()
-    return bool(rung)

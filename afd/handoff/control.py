@@ -3,7 +3,6 @@ which is how the loss of the peer is seen."""
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -13,14 +12,13 @@ from dataclasses import dataclass
 import grpc
 
 from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
-from afd.handoff.bell import Bell, sleep_until_rung
+from afd.handoff.bell import Bell, pause
 from afd.handoff.handshake import refuse_mismatch
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 
 HANDSHAKE_TIMEOUT_S = 5.0
-LONGEST_SLEEP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ControlStream:
         self._stream = ffn_pb2_grpc.FfnServiceStub(self._channel).Connect(self._requests())
         threading.Thread(target=self._read, name=f"handoff {address}", daemon=True).start()
         try:
-            self.welcome = self._shake_hands(hello)
+            self._shake_hands(hello)
         except AfdError:
             self.close()
             raise
@@ -81,10 +79,7 @@ class ControlStream:
             waited_s = time.monotonic() - started
             if waited_s > timeout_s:
                 raise PeerUnavailable(f"the FFN at {self.address} does not answer in time")
-            if waited_s < self.spin_s:
-                os.sched_yield()
-            else:
-                sleep_until_rung(self._bells, min(LONGEST_SLEEP_S, timeout_s - waited_s))
+            pause(waited_s, self.spin_s, self._bells, timeout_s - waited_s)
 
     def close(self) -> None:
         self._outbox.put(None)
@@ -116,7 +111,7 @@ class ControlStream:
             self._welcomes.put(response.welcome)
         self._stream_bell.ring()
 
-    def _shake_hands(self, hello: pb.Hello) -> pb.Welcome:
+    def _shake_hands(self, hello: pb.Hello) -> None:
         try:
             self.wait(lambda: not self._welcomes.empty(), 0, HANDSHAKE_TIMEOUT_S)
         except InternalError as error:
@@ -125,4 +120,3 @@ class ControlStream:
         refuse_mismatch(hello.topology, welcome.topology)
         if welcome.declined:
             raise TransportUnavailable(welcome.declined)
-        return welcome

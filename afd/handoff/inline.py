@@ -11,7 +11,7 @@ from torch import Tensor
 from afd.errors import AfdError, InternalError, InvalidRequest
 from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream
-from afd.handoff.fp8 import FP8, dequantize, quantize
+from afd.handoff.fp8 import FP8, dequantize
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.slots import FrameSlots, SlotShape
 from afd.handoff.tensors import from_proto, to_proto
@@ -25,11 +25,12 @@ class InlineTransport:
     name = "inline"
 
     def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
+        self.frames = frames
         self.shape = frames.shape
         self.control = ControlStream(address, hello, spin_s)
 
     def send(self, frame: Frame) -> None:
-        self.control.put(pb.ConnectRequest(frame=frame_to_proto(frame, self.shape.frame_dtype)))
+        self.control.put(pb.ConnectRequest(frame=frame_to_proto(frame, self.frames)))
 
     def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
         arrivals = self.control.arrivals
@@ -92,19 +93,18 @@ class InlineEndpoint:
         self._awaited.clear()
 
 
-def frame_to_proto(frame: Frame, dtype: torch.dtype) -> pb.Frame:
+def frame_to_proto(frame: Frame, frames: FrameSlots) -> pb.Frame:
+    """The message for a frame that was written to its slot, and is encoded there already."""
+    parts = frames.parts(frame.slot, frame.num_tokens)
     message = pb.Frame(
         frame_id=frame.frame_id, layer_idx=frame.layer_idx, traceparent=frame.traceparent, probe=frame.is_probe
     )
-    if dtype is FP8:
-        quantized, scales = quantize(frame.ffn_input)
-        message.ffn_input.CopyFrom(to_proto(quantized))
-        message.scales.CopyFrom(to_proto(scales))
-    else:
-        message.ffn_input.CopyFrom(to_proto(frame.ffn_input))
+    message.ffn_input.CopyFrom(to_proto(parts.ffn_input))
+    if frames.shape.frame_dtype is FP8:
+        message.scales.CopyFrom(to_proto(parts.scales))
     if frame.routing is not None:
-        message.topk_ids.CopyFrom(to_proto(frame.routing.topk_ids))
-        message.topk_weights.CopyFrom(to_proto(frame.routing.topk_weights))
+        message.topk_ids.CopyFrom(to_proto(parts.topk_ids))
+        message.topk_weights.CopyFrom(to_proto(parts.topk_weights))
     return message
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from afd.errors import ConfigError, InternalError, TransportUnavailable
+from afd.errors import AfdError, ConfigError, InternalError, TransportUnavailable
 from afd.handoff.frame import Frame
 from afd.handoff.inline import InlineTransport
 from afd.handoff.remote import Transport
@@ -54,16 +54,21 @@ def connect_pair(
 
     Raises PeerUnavailable, Mismatch, or ConfigError if the one wanted cannot be had.
     """
-    climbed = [climb(name, address, hello, frames, spin_s) for name in LADDER if wanted in (name, "auto")]
-    for _, rung in climbed:
-        log.debug("handoff to %s over %s", address, rung)
-    usable = [(transport, rung) for transport, rung in climbed if transport is not None]
-    if not usable:
-        raise ConfigError(f"AFD_HANDOFF={wanted} cannot be had with the FFN at {address}: {climbed[0][1].reason}")
-    best = min(usable, key=lambda pair: pair[1].latency_s)
-    for transport, _ in usable:
-        if transport is not best[0]:
-            transport.close()
+    usable: list[tuple[Transport, Rung]] = []
+    best: tuple[Transport, Rung] | None = None
+    try:
+        for name in LADDER:
+            if wanted in (name, "auto"):
+                transport, rung = climb(name, address, hello, frames, spin_s)
+                log.debug("handoff to %s over %s", address, rung)
+                usable += [(transport, rung)] if transport else []
+        if not usable:
+            raise ConfigError(f"AFD_HANDOFF={wanted} cannot be had with the FFN at {address}: {rung.reason}")
+        best = min(usable, key=lambda pair: pair[1].latency_s)
+    finally:
+        for pair in usable:
+            if pair is not best:
+                pair[0].close()
     log.info("handoff to %s over %s", address, best[1])
     return best
 
@@ -83,6 +88,9 @@ def climb(
     except InternalError as error:
         transport.close()
         return None, Rung(name, reason=str(error))
+    except AfdError:
+        transport.close()
+        raise
 
 
 def probe(name: TransportName, transport: Transport, frames: FrameSlots) -> Rung:

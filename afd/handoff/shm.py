@@ -6,7 +6,6 @@ Needs x86-64, whose processors keep the order of writes; elsewhere Python has no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import platform
@@ -43,8 +42,8 @@ class SharedRegion(Region):
         except OSError as error:
             self.unlink()
             raise TransportUnavailable(
-                f"{DIRECTORY} has no room for {num_bytes >> 10} KiB ({error.strerror}); "
-                "give it more (docker: --shm-size), or lower AFD_MAX_SEQUENCES or AFD_PREFILL_CHUNK_TOKENS"
+                f"{num_bytes >> 10} KiB of shared memory cannot be had in {DIRECTORY} ({error.strerror}); if it is "
+                "full, give it more (docker: --shm-size), or lower AFD_MAX_SEQUENCES or AFD_PREFILL_CHUNK_TOKENS"
             ) from None
 
     def unlink(self) -> None:
@@ -57,14 +56,16 @@ def _new_name() -> str:
 
 
 def _make_bell(name: str) -> Bell:
-    os.mkfifo(DIRECTORY / name, 0o600)
-    return Bell.named(DIRECTORY / name)
+    try:
+        os.mkfifo(DIRECTORY / name, 0o600)
+        return Bell.named(DIRECTORY / name)
+    except OSError as error:
+        raise TransportUnavailable(f"no FIFO can be made in {DIRECTORY} ({error.strerror})") from None
 
 
 def _make_file(path: Path, num_bytes: int) -> mmap.mmap:
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
         os.posix_fallocate(file, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
         return mmap.mmap(file, num_bytes)
     finally:

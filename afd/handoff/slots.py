@@ -10,6 +10,7 @@ T tokens, D hidden size, K experts per token.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 import time
@@ -88,9 +89,7 @@ class Region:
         return self.bytes.data_ptr()
 
     def tensor(self, offset: int, dtype: torch.dtype, *shape: int) -> Tensor:
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
+        num_bytes = math.prod(shape) * dtype.itemsize
         return self.bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
     def pin(self) -> None:
@@ -100,8 +99,8 @@ class Region:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """A frame's tensors, in its slot."""
+class FrameParts:
+    """A frame's tensors as they cross, in its slot."""
 
     topk_ids: Tensor  # [T, K] int32
     topk_weights: Tensor  # [T, K] float32
@@ -115,7 +114,7 @@ class FrameSlots:
     def __init__(self, region: Region, shape: SlotShape) -> None:
         self.region = region
         self.shape = shape
-        self._parts: dict[tuple[int, int], _Parts] = {}  # by slot and number of tokens
+        self._parts: dict[tuple[int, int], FrameParts] = {}  # by slot and number of tokens
 
     def buffer(self, slot: int, num_tokens: int) -> Tensor | None:
         """Where ffn_input goes as it is; None where it is encoded first."""
@@ -161,22 +160,22 @@ class FrameSlots:
             is_probe=is_probe,
         )
 
-    def parts(self, slot: int, num_tokens: int) -> _Parts:
+    def parts(self, slot: int, num_tokens: int) -> FrameParts:
         if (slot, num_tokens) not in self._parts:
             self._parts[slot, num_tokens] = self._make_parts(slot, num_tokens)
         return self._parts[slot, num_tokens]
 
-    def _make_parts(self, slot: int, num_tokens: int) -> _Parts:
+    def _make_parts(self, slot: int, num_tokens: int) -> FrameParts:
         shape, start = self.shape, slot * self.shape.frame_stride
         ids, weights, scales, ffn_input, _ = (start + offset for offset in shape.part_offsets(num_tokens))
-        return _Parts(
+        return FrameParts(
             topk_ids=self.region.tensor(ids, torch.int32, num_tokens, shape.top_k),
             topk_weights=self.region.tensor(weights, torch.float32, num_tokens, shape.top_k),
             scales=self.region.tensor(scales, torch.float32, num_tokens if shape.frame_dtype is FP8 else 0),
             ffn_input=self.region.tensor(ffn_input, shape.frame_dtype, num_tokens, shape.hidden_size),
         )
 
-    def _fill(self, parts: _Parts, frame: Frame) -> None:
+    def _fill(self, parts: FrameParts, frame: Frame) -> None:
         if self.shape.frame_dtype is FP8:
             for part, value in zip((parts.ffn_input, parts.scales), quantize(frame.ffn_input), strict=True):
                 part.copy_(value)
@@ -186,13 +185,13 @@ class FrameSlots:
             parts.topk_ids.copy_(frame.routing.topk_ids)
             parts.topk_weights.copy_(frame.routing.topk_weights)
 
-    def _ffn_input(self, parts: _Parts) -> Tensor:
+    def _ffn_input(self, parts: FrameParts) -> Tensor:
         if self.shape.frame_dtype is FP8:
             return dequantize(parts.ffn_input, parts.scales, self.shape.dtype)
         return parts.ffn_input
 
 
-def _routing(parts: _Parts, rules: FrameRules) -> Routing:
+def _routing(parts: FrameParts, rules: FrameRules) -> Routing:
     """Copied before it is checked: nobody can change it afterwards."""
     routing = Routing(parts.topk_ids.clone(), parts.topk_weights.clone())
     rules.check_experts(routing.topk_ids)

@@ -6,7 +6,6 @@ One thread looks at every pair for frames, owns the arithmetic, and answers.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import AfdError, InternalError
-from afd.handoff.bell import Bell, sleep_until_rung
-from afd.handoff.control import LONGEST_SLEEP_S
+from afd.handoff.bell import Bell, pause
 from afd.handoff.frame import Frame, Timing
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
@@ -120,11 +118,8 @@ class Batcher:
                 self._idle()
 
     def _idle(self) -> None:
-        """Looks out for a while, giving way to others, and then sleeps in between."""
-        if time.monotonic() - self._worked_at < self.spin_s:
-            os.sched_yield()
-        else:
-            sleep_until_rung([self._own_bell, *(endpoint.bell for endpoint in self.endpoints)], LONGEST_SLEEP_S)
+        bells = [self._own_bell, *(endpoint.bell for endpoint in self.endpoints)]
+        pause(time.monotonic() - self._worked_at, self.spin_s, bells)
 
     def _collect(self) -> None:
         for endpoint in self.endpoints:
@@ -166,8 +161,6 @@ class Batcher:
                 queued.endpoint.refuse(queued.frame.frame_id, InternalError("the FFN failed; its log has the reason"))
 
     def _compute(self, batch: list[QueuedFrame]) -> None:
-        if not batch:
-            return
         start_ns = time.perf_counter_ns()
         frames = [queued.frame for queued in batch]
         ffn_input, routing = _join(frames, self.device)

@@ -12,6 +12,7 @@ import torch
 from afd import rpc
 from afd.errors import InvalidRequest, Mismatch, TransportUnavailable
 from afd.handoff.control import HANDSHAKE_TIMEOUT_S
+from afd.handoff.fp8 import FP8
 from afd.handoff.frame import FrameRules
 from afd.handoff.handshake import refuse_mismatch
 from afd.handoff.inline import InlineEndpoint
@@ -23,6 +24,8 @@ from afd.v1 import ffn_pb2_grpc
 from services.ffn.batcher import Batcher, Endpoint
 
 log = logging.getLogger(__name__)
+
+_MOST_SLOTS = 64
 
 
 class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
@@ -142,6 +145,11 @@ class _Pair:
             frame_dtype, output_dtype = dtype_from_proto(hello.frame_dtype), dtype_from_proto(hello.output_dtype)
         except InvalidRequest as error:
             raise Mismatch(f"the hello: {error}") from None
+        dtype = self.servicer.rules.dtype
+        if frame_dtype not in (dtype, FP8) or output_dtype not in (dtype, torch.bfloat16):
+            raise Mismatch(f"{frame_dtype} out and {output_dtype} back cannot be had from an FFN in {dtype}")
+        if not (1 <= hello.num_slots <= _MOST_SLOTS and hello.max_tokens >= 1):
+            raise Mismatch(f"a pair cannot have {hello.num_slots} slots of {hello.max_tokens} tokens")
         if hello.max_tokens > self.servicer.welcome.max_frame_tokens:
             accepted = self.servicer.welcome.max_frame_tokens
             raise Mismatch(
@@ -153,7 +161,7 @@ class _Pair:
             max_tokens=hello.max_tokens,
             hidden_size=config.hidden_size,
             top_k=config.top_k,
-            dtype=self.servicer.rules.dtype,
+            dtype=dtype,
             frame_dtype=frame_dtype,
             output_dtype=output_dtype,
         )
