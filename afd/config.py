@@ -72,6 +72,9 @@ class ComputeSettings(ServiceSettings):
     dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
     device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
+    kernels: Literal["auto", "compiled", "torch"] = Field(
+        "auto", description="compiled ones for bfloat16 on the CPU where there is a C compiler; torch never compiles"
+    )
     handoff_spin_us: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
         50, description="how long a side looks out for the other one, giving way to others, before it sleeps"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from afd.errors import InternalError, PeerUnavailable
 from afd.handoff.local import LocalFFN
 from afd.model.checkpoint import Checkpoint
-from afd.model.mfa import KVCache
+from afd.model.kv_cache import KVCache
 from afd.model.sampling_params import SamplingParams
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.state.requests import SequenceKey

@@ -16,10 +16,11 @@ from torch import Tensor
 from afd.model.checkpoint import Checkpoint
 from afd.model.config import ModelConfig
 from afd.model.ffn import FFNShard
+from afd.model.kv_cache import KVCache
 from afd.model.layers import Rotation, rms_norm
 from afd.model.linear import PlainLinear
-from afd.model.mfa import KVCache
 from afd.model.moe import Router
+from afd.model.native import KernelsName
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from afd.model.sampling_params import SamplingParams
 from afd.model.stack import AttentionStack
@@ -83,7 +84,13 @@ class Served:
         return self.stack.logits(hidden_states)
 
 
-def serve(sizes: ModelSizes, num_shards: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Served:
+def serve(
+    sizes: ModelSizes,
+    num_shards: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    kernels: KernelsName = "auto",
+) -> Served:
     with tempfile.TemporaryDirectory() as path:
         make_checkpoint(path, sizes, seed=seed, dtype=dtype)
         checkpoint = Checkpoint(path)
@@ -94,8 +101,8 @@ def serve(sizes: ModelSizes, num_shards: int, seed: int = 0, dtype: torch.dtype 
         return Served(
             checkpoint.config,
             Transformer(checkpoint.config, load_all(checkpoint)),
-            load_attention(checkpoint, dtype, CPU, ignore),
-            [load_ffn_shard(checkpoint, shard, num_shards, dtype, CPU, ignore) for shard in range(num_shards)],
+            load_attention(checkpoint, dtype, CPU, ignore, kernels),
+            [load_ffn_shard(checkpoint, shard, num_shards, dtype, CPU, ignore, kernels) for shard in range(num_shards)],
         )
 
 

@@ -6,6 +6,7 @@ T tokens, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from torch import Tensor
 from afd.model.config import ModelConfig
 from afd.model.layers import SwiGLU
 from afd.model.moe import Experts, Routing
+
+
+class FFNLayer(Protocol):
+    """A shard's part of one layer."""
+
+    def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:
+        """Writes the partial sum of x [T, D] into out [T, D]; `routing` is None just on dense layers."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class FFNShard:
     config: ModelConfig
     shard: int
     num_shards: int
-    layers: list[DenseFFN | MoEFFN]
+    layers: list[FFNLayer]
 
     @torch.inference_mode()
     def __call__(self, layer_idx: int, ffn_input: Tensor, routing: Routing | None, out: Tensor | None = None) -> Tensor:

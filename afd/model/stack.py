@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.model.config import ModelConfig
-from afd.model.layers import rms_norm
 from afd.model.linear import Linear
 from afd.model.mfa import MFA, AttentionBatch
 from afd.model.moe import Router, Routing
+from afd.model.ops import Ops
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
     """A layer up to the handoff."""
 
+    ops: Ops
     eps: float
     input_norm: Tensor  # [D]
     post_attention_norm: Tensor  # [D]
@@ -32,14 +33,15 @@ class AttentionLayer:
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """(hidden_states after attention and residual, ffn_input, routing); both tensors are [T, D], the
         second is `out` if that is given."""
-        normed = rms_norm(hidden_states, self.input_norm, self.eps)
+        normed = self.ops.rms_norm(hidden_states, self.input_norm, self.eps)
         hidden_states = hidden_states + self.attention(normed, keys, values, batch)
-        ffn_input = rms_norm(hidden_states, self.post_attention_norm, self.eps, out)
+        ffn_input = self.ops.rms_norm(hidden_states, self.post_attention_norm, self.eps, out)
         return hidden_states, ffn_input, self.router(ffn_input) if self.router else None
 
 
 @dataclass(frozen=True)
 class AttentionStack:
+    ops: Ops
     config: ModelConfig
     embedding: Tensor  # [V, D]
     layers: list[AttentionLayer]
@@ -51,5 +53,5 @@ class AttentionStack:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [T, V] float32."""
-        normed = rms_norm(hidden_states, self.final_norm, self.config.rms_norm_eps)
+        normed = self.ops.rms_norm(hidden_states, self.final_norm, self.config.rms_norm_eps)
         return self.lm_head(normed).float()

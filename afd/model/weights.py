@@ -13,11 +13,11 @@ from torch import Tensor
 
 from afd.errors import CheckpointError
 from afd.model.checkpoint import Checkpoint, expected_shapes
-from afd.model.ffn import DenseFFN, FFNShard, MoEFFN
-from afd.model.layers import SwiGLU
-from afd.model.linear import make_linear
+from afd.model.ffn import FFNLayer, FFNShard
 from afd.model.mfa import MFA
-from afd.model.moe import Experts, Router
+from afd.model.moe import Router
+from afd.model.native import KernelsName, choose_ops
+from afd.model.ops import FFNWeights, Ops
 from afd.model.stack import AttentionLayer, AttentionStack
 
 Progress = Callable[[int, int], None]  # layers loaded, layers in all
@@ -50,11 +50,15 @@ class WeightReader:
             raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
         return tensor.to(device=self.device, dtype=self.dtype).contiguous()
 
-    def read_swiglu(self, prefix: str, columns: slice) -> SwiGLU:
+    def read_columns(self, prefix: str, columns: slice) -> FFNWeights:
+        """A slice of a dense or shared FFN."""
         gate = self.read(prefix + "gate_proj.weight", columns)
         up = self.read(prefix + "up_proj.weight", columns)
-        down = self.read(prefix + "down_proj.weight", slice(None), columns)
-        return SwiGLU(make_linear(torch.cat((gate, up))), make_linear(down))
+        return FFNWeights(gate, up, self.read(prefix + "down_proj.weight", slice(None), columns))
+
+    def read_experts(self, prefix: str, owned: slice) -> FFNWeights:
+        """Some of a layer's experts, stacked."""
+        return FFNWeights(*(self.read(f"{prefix}{name}_proj.weight", owned) for name in ("gate", "up", "down")))
 
 
 def shard_slice(size: int, shard: int, num_shards: int) -> slice:
@@ -69,42 +73,50 @@ def load_all(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict
 
 
 def load_attention(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    kernels: KernelsName = "auto",
 ) -> AttentionStack:
     """The attention side: embedding, attention, norms, router and lm_head; no FFN weight is read."""
     config = checkpoint.config
+    ops = choose_ops(kernels, config, dtype, device)
     with WeightReader(checkpoint, dtype, device) as reader:
         layers = []
         for layer_idx in range(config.num_layers):
-            layers.append(_attention_layer(reader, layer_idx))
+            layers.append(_attention_layer(ops, reader, layer_idx))
             progress(layer_idx + 1, config.num_layers)
         return AttentionStack(
+            ops=ops,
             config=config,
             embedding=reader.read("model.embed_tokens.weight"),
             layers=layers,
             final_norm=reader.read("model.norm.weight"),
-            lm_head=make_linear(reader.read("lm_head.weight")),
+            lm_head=ops.linear(reader.read("lm_head.weight")),
         )
 
 
-def _attention_layer(reader: WeightReader, layer_idx: int) -> AttentionLayer:
+def _attention_layer(ops: Ops, reader: WeightReader, layer_idx: int) -> AttentionLayer:
     config = reader.checkpoint.config
     prefix = f"model.layers.{layer_idx}."
     attn = prefix + "self_attn."
     qkv = [reader.read(f"{attn}{name}_proj.weight") for name in "qkv"]
     return AttentionLayer(
+        ops=ops,
         eps=config.rms_norm_eps,
         input_norm=reader.read(prefix + "input_layernorm.weight"),
         post_attention_norm=reader.read(prefix + "post_attention_layernorm.weight"),
         attention=MFA(
+            ops=ops,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
-            qkv_proj=make_linear(torch.cat(qkv)),
+            qkv_proj=ops.linear(torch.cat(qkv)),
             inter_norm=reader.read(attn + "inter_norm.weight"),
-            wq=make_linear(reader.read(attn + "wq.weight")),
-            o_proj=make_linear(reader.read(attn + "o_proj.weight")),
+            wq=ops.linear(reader.read(attn + "wq.weight")),
+            o_proj=ops.linear(reader.read(attn + "o_proj.weight")),
         ),
-        router=Router(make_linear(reader.read(prefix + "moe.gate.weight")), config.top_k, config.norm_expert_weight)
+        router=Router(ops.linear(reader.read(prefix + "moe.gate.weight")), config.top_k, config.norm_expert_weight)
         if config.is_moe(layer_idx)
         else None,
     )
@@ -117,30 +129,22 @@ def load_ffn_shard(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    kernels: KernelsName = "auto",
 ) -> FFNShard:
     """Shard `shard` of `num_shards`: a slice of the routed experts, and of every dense and shared FFN's columns."""
     config = checkpoint.config
+    ops = choose_ops(kernels, config, dtype, device)
     with WeightReader(checkpoint, dtype, device) as reader:
-        layers: list[DenseFFN | MoEFFN] = []
+        layers: list[FFNLayer] = []
         for layer_idx in range(config.num_layers):
             prefix = f"model.layers.{layer_idx}."
             if config.is_moe(layer_idx):
-                layers.append(
-                    MoEFFN(
-                        experts=_experts(reader, prefix + "moe.", shard_slice(config.num_experts, shard, num_shards)),
-                        shared=reader.read_swiglu(
-                            prefix + "share_expert.", shard_slice(config.share_expert_dim, shard, num_shards)
-                        ),
-                    )
-                )
+                experts = shard_slice(config.num_experts, shard, num_shards)
+                columns = shard_slice(config.share_expert_dim, shard, num_shards)
+                shared = reader.read_columns(prefix + "share_expert.", columns)
+                layers.append(ops.moe_ffn(shared, reader.read_experts(prefix + "moe.", experts), experts.start))
             else:
                 columns = shard_slice(config.intermediate_size, shard, num_shards)
-                layers.append(DenseFFN(reader.read_swiglu(prefix + "mlp.", columns)))
+                layers.append(ops.dense_ffn(reader.read_columns(prefix + "mlp.", columns)))
             progress(layer_idx + 1, config.num_layers)
     return FFNShard(config, shard, num_shards, layers)
-
-
-def _experts(reader: WeightReader, prefix: str, owned: slice) -> Experts:
-    gate, up, down = (reader.read(f"{prefix}{name}_proj.weight", owned) for name in ("gate", "up", "down"))
-    experts = zip(torch.cat((gate, up), dim=1), down, strict=True)
-    return Experts(owned.start, [SwiGLU(make_linear(gate_up), make_linear(down)) for gate_up, down in experts])

@@ -17,7 +17,7 @@ from afd.handoff.frame import FFN
 from afd.handoff.local import LocalFFN
 from afd.handoff.shm import sweep
 from afd.model.checkpoint import Checkpoint
-from afd.model.mfa import KVCache
+from afd.model.kv_cache import KVCache
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
@@ -91,7 +91,9 @@ async def _decoder(
     """Loads this side's weights and connects to the FFN, or loads it too."""
     config = checkpoint.config
     sweep()
-    stack = await asyncio.to_thread(load_attention, checkpoint, dtype, device, loading_progress("attention"))
+    stack = await asyncio.to_thread(
+        load_attention, checkpoint, dtype, device, loading_progress("attention"), settings.kernels
+    )
     cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
     ffn: FFN
     if settings.ffn_shards:
@@ -99,7 +101,8 @@ async def _decoder(
         ffn = await connector.connect_within(settings.startup_timeout_s)
     else:
         progress = loading_progress("FFN")
-        ffn = LocalFFN(await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress))
+        shard = await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels)
+        ffn = LocalFFN(shard)
     return Decoder(stack, cache, ffn)
 
 

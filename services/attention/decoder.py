@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from afd.handoff.frame import FFN
-from afd.model.mfa import KVCache
+from afd.model.kv_cache import KVCache
 from afd.model.stack import AttentionStack
 from services.attention.microbatch import Microbatch
 from services.attention.timeline import StepTimeline

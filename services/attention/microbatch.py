@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from afd.handoff.frame import Crossing
+from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation
-from afd.model.mfa import AttentionBatch, PrefillChunk
+from afd.model.mfa import AttentionBatch
 from services.attention.scheduler import Chunk
 from services.attention.sequence import Sequence
 
@@ -76,7 +77,6 @@ class MicrobatchBuilder:
             if chunk.ends_sequence:
                 sampled.append(sequence)
                 sampled_rows.append(len(token_ids) - 1)
-        decode_slots, decode_bias = self._decode_context([chunk.sequence for chunk in ordered[:num_decoding]])
         return Microbatch(
             slot=slot,
             chunks=ordered,
@@ -84,8 +84,7 @@ class MicrobatchBuilder:
             attention=AttentionBatch(
                 rotation=Rotation.at(self._tensor(positions), self.head_dim, self.rope_theta),
                 new_slots=self._tensor(new_slots),
-                decode_slots=decode_slots,
-                decode_bias=decode_bias,
+                decode=self._decode_context([chunk.sequence for chunk in ordered[:num_decoding]]),
                 prefill_chunks=tuple(prefill_chunks),
             ),
             sampled=sampled,
@@ -96,21 +95,16 @@ class MicrobatchBuilder:
         size = self.block_size
         return [block_table[position // size] * size + position % size for position in range(start, stop)]
 
-    def _decode_context(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-        """Slots [S, longest] of each sequence's whole context, and the bias that hides the padding.
-
-        The padding is a sequence's own last slot: nothing of another one's, not even a NaN, can reach it.
-        """
-        lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])[:, None]
+    def _decode_context(self, sequences: list[Sequence]) -> DecodeContext:
+        """Slots of each sequence's whole context. The padding is a sequence's own last slot: nothing of another one's,
+        not even a NaN, can reach it."""
+        lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])
         longest = int(lengths.max()) if sequences else 0
         num_blocks = -(-longest // self.block_size)
         tables = [(sequence.block_table + [0] * num_blocks)[:num_blocks] for sequence in sequences]
-        everywhere = torch.arange(longest, device=self.device)
-        positions = everywhere.minimum(lengths - 1)  # [S, longest]
+        positions = torch.arange(longest, device=self.device).minimum(lengths[:, None] - 1)  # [S, longest]
         blocks = self._tensor(tables).view(len(sequences), num_blocks).gather(1, positions // self.block_size)
-        bias = torch.zeros(positions.shape, dtype=self.dtype, device=self.device)
-        bias.masked_fill_(everywhere >= lengths, float("-inf"))
-        return blocks * self.block_size + positions % self.block_size, bias[:, None]
+        return DecodeContext(blocks * self.block_size + positions % self.block_size, lengths)
 
     def _prefill_chunk(self, sequence: Sequence, row: int, start: int, stop: int) -> PrefillChunk:
         positions = torch.arange(stop, device=self.device)

@@ -32,7 +32,9 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
     checkpoint = Checkpoint(settings.model)
     shard, num_shards = settings.shard
     progress = loading_progress(f"FFN shard {shard}/{num_shards}")
-    ffn_shard = await asyncio.to_thread(load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress)
+    ffn_shard = await asyncio.to_thread(
+        load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress, settings.kernels
+    )
     batcher = Batcher(ffn_shard, settings.max_frame_tokens, settings.handoff_spin_us / 1e6, device)
     batcher.start()
     prometheus_client.REGISTRY.register(FfnCollector(batcher))

@@ -1,0 +1,309 @@
+/* Decoding's products in bfloat16, for processors with AVX512-BF16. kernels.py compiles and calls this.
+
+   A weight is read once a step and is larger than the caches. It is packed so that a thread reads it front to back:
+   blocks of LANES outputs, and in a block, for each pair of inputs, LANES times two values: one register. It is
+   prefetched past the second-level cache, so that what runs between two products finds its own data and code there.
+
+   Outputs and inputs are padded to multiples of LANES. Sums are float32. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef __AVX512BF16__
+#error "this processor has no AVX512-BF16"
+#endif
+
+enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096 };
+
+typedef uint16_t bf16;
+
+static inline void store_bf16(bf16 *to, __m512 y) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(y));
+}
+
+static inline __m512 load_bf16(const bf16 *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+/* e^x: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-88.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x)); /* in this order NaN stays */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    const float terms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(terms[i]));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 silu(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+/* One block of outputs for num_rows rows: y[m] = w x[m]. Several sums per row hide the latency of the multiply-add. */
+static inline __attribute__((always_inline)) void
+tile(const bf16 *const *x, const bf16 *w, long inputs, __m512 *y, int num_rows, int num_sums) {
+    __m512 sums[TILE][8];
+    for (int m = 0; m < num_rows; m++)
+        for (int s = 0; s < num_sums; s++) sums[m][s] = _mm512_setzero_ps();
+    for (long k = 0; k < inputs; k += 2 * num_sums) {
+#pragma GCC unroll 8
+        for (int s = 0; s < num_sums; s++) {
+            const bf16 *pairs = w + (k + 2 * s) * LANES;
+            __builtin_prefetch((const char *)pairs + PREFETCH_BYTES, 0, 3);
+            __m512bh weights = (__m512bh)_mm512_loadu_si512(pairs);
+#pragma GCC unroll 12
+            for (int m = 0; m < num_rows; m++) {
+                __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x[m] + k + 2 * s));
+                sums[m][s] = _mm512_dpbf16_ps(sums[m][s], weights, pair);
+            }
+        }
+    }
+    for (int m = 0; m < num_rows; m++) {
+        for (int s = 1; s < num_sums; s++) sums[m][0] = _mm512_add_ps(sums[m][0], sums[m][s]);
+        y[m] = sums[m][0];
+    }
+}
+
+/* The same for 1 to TILE rows; x has TILE pointers, those beyond num_rows to any row. */
+static void block(const bf16 *const *x, int num_rows, const bf16 *w, long inputs, __m512 *y) {
+    switch (num_rows) {
+    case 1: return tile(x, w, inputs, y, 1, 8);
+    case 2: return tile(x, w, inputs, y, 2, 4);
+    case 3: return tile(x, w, inputs, y, 3, 4);
+    case 4: return tile(x, w, inputs, y, 4, 4);
+    case 5:
+    case 6: return tile(x, w, inputs, y, 6, 2);
+    case 7:
+    case 8: return tile(x, w, inputs, y, 8, 2);
+    default: return tile(x, w, inputs, y, TILE, 2);
+    }
+}
+
+static inline int smaller(long a, long b) { return (int)(a < b ? a : b); }
+
+/* y [rows, outputs] = x [rows, inputs] w^T */
+void afd_linear(const bf16 *x, long rows, long x_stride, const bf16 *w, long inputs, long outputs, bf16 *y) {
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < outputs / LANES; n++) {
+        for (long first = 0; first < rows; first += TILE) {
+            int num_rows = smaller(rows - first, TILE);
+            const bf16 *rows_in[TILE];
+            __m512 out[TILE];
+            for (int m = 0; m < TILE; m++) rows_in[m] = x + (first + (m < num_rows ? m : 0)) * x_stride;
+            block(rows_in, num_rows, w + n * LANES * inputs, inputs, out);
+            for (int m = 0; m < num_rows; m++) store_bf16(y + (first + m) * outputs + n * LANES, out[m]);
+        }
+    }
+}
+
+/* y [rows, size] = x / sqrt(mean(x^2) + eps) * weight */
+void afd_rms_norm(const bf16 *x, long rows, long x_stride, long size, const bf16 *weight, float eps, bf16 *y) {
+    for (long row = 0; row < rows; row++, x += x_stride, y += size) {
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = 0; i < size; i += LANES) squares = _mm512_fmadd_ps(load_bf16(x + i), load_bf16(x + i), squares);
+        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)size + eps));
+        for (long i = 0; i < size; i += LANES)
+            store_bf16(y + i, _mm512_mul_ps(_mm512_mul_ps(load_bf16(x + i), scale), load_bf16(weight + i)));
+    }
+}
+
+/* One head, half-split: pairs are (i, i + size / 2); the sines of the first half are negative. */
+static void rotate(const bf16 *x, const float *cosines, const float *sines, long size, bf16 *y) {
+    for (long i = 0; i < size; i += LANES) {
+        __m512 other = load_bf16(x + (i < size / 2 ? i + size / 2 : i - size / 2));
+        __m512 turned = _mm512_mul_ps(load_bf16(x + i), _mm512_loadu_ps(cosines + i));
+        store_bf16(y + i, _mm512_fmadd_ps(other, _mm512_loadu_ps(sines + i), turned));
+    }
+}
+
+/* Rotates each row's query heads in place, and puts its rotated key and its value where the cache has them. */
+void afd_rotate_and_cache(bf16 *q, const bf16 *k, const bf16 *v, long rows, long kv_stride, long heads, long size,
+                          const float *cosines, const float *sines, const int64_t *slots, bf16 *keys, bf16 *values) {
+    for (long row = 0; row < rows; row++, k += kv_stride, v += kv_stride, cosines += size, sines += size) {
+        bf16 turned[size];
+        for (long head = 0; head < heads; head++, q += size) {
+            rotate(q, cosines, sines, size, turned);
+            memcpy(q, turned, sizeof turned);
+        }
+        rotate(k, cosines, sines, size, keys + slots[row] * size);
+        memcpy(values + slots[row] * size, v, sizeof turned);
+    }
+}
+
+/* LANES query heads as the weights of a product whose rows are keys. */
+static void pack_heads(const bf16 *q, long heads, long size, bf16 *packed) {
+    for (long i = 0; i < size; i += 2)
+        for (long head = 0; head < LANES; head++)
+            for (long half = 0; half < 2; half++)
+                packed[(i * LANES) + head * 2 + half] = head < heads ? q[head * size + i + half] : 0;
+}
+
+/* scores [length, LANES] = e^(q k * scale - the head's largest); returns each head's sum. */
+static __m512 softmax_scores(const bf16 *packed, const bf16 *keys, const int64_t *slots, long length, long size,
+                             float *scores) {
+    __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)size));
+    for (long first = 0; first < length; first += TILE) {
+        int num_rows = smaller(length - first, TILE);
+        const bf16 *rows[TILE];
+        __m512 out[TILE];
+        for (int m = 0; m < TILE; m++) rows[m] = keys + slots[first + (m < num_rows ? m : 0)] * size;
+        block(rows, num_rows, packed, size, out);
+        for (int m = 0; m < num_rows; m++) {
+            out[m] = _mm512_mul_ps(out[m], scale);
+            largest = _mm512_max_ps(largest, out[m]);
+            _mm512_storeu_ps(scores + (first + m) * LANES, out[m]);
+        }
+    }
+    for (long i = 0; i < length; i++) {
+        __m512 p = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i * LANES), largest));
+        sum = _mm512_add_ps(sum, p);
+        _mm512_storeu_ps(scores + i * LANES, p);
+    }
+    return sum;
+}
+
+/* y [heads, size] = the scores' mean of the values; four heads and four registers of their outputs at a time. */
+static void weigh_values(const float *scores, const float *sums, const bf16 *values, const int64_t *slots, long length,
+                         long heads, long size, bf16 *y) {
+    enum { HEADS = 4, REGISTERS = 4 };
+    for (long column = 0; column < size; column += REGISTERS * LANES) {
+        int width = smaller((size - column) / LANES, REGISTERS);
+        for (long head = 0; head < heads; head += HEADS) {
+            __m512 out[HEADS][REGISTERS];
+            for (int h = 0; h < HEADS; h++)
+                for (int r = 0; r < REGISTERS; r++) out[h][r] = _mm512_setzero_ps();
+            for (long i = 0; i < length; i++) {
+                const bf16 *value = values + slots[i] * size + column;
+#pragma GCC unroll 4
+                for (int r = 0; r < REGISTERS; r++) {
+                    __m512 v = r < width ? load_bf16(value + r * LANES) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+                    for (int h = 0; h < HEADS; h++)
+                        out[h][r] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i * LANES + head + h]), v, out[h][r]);
+                }
+            }
+            for (int h = 0; h < HEADS && head + h < heads; h++)
+                for (int r = 0; r < width; r++)
+                    store_bf16(y + (head + h) * size + column + r * LANES,
+                               _mm512_div_ps(out[h][r], _mm512_set1_ps(sums[head + h])));
+        }
+    }
+}
+
+/* y [sequences, heads, size]: attention of one token of each sequence to its context, which all heads share. */
+void afd_decode_attention(const bf16 *q, long sequences, long heads, long size, const bf16 *keys, const bf16 *values,
+                          const int64_t *slots, long slots_stride, const int64_t *lengths, bf16 *y) {
+    long groups = (heads + LANES - 1) / LANES;
+#pragma omp parallel for schedule(dynamic)
+    for (long task = 0; task < sequences * groups; task++) {
+        long sequence = task / groups, head = task % groups * LANES, offset = (sequence * heads + head) * size;
+        const int64_t *context = slots + sequence * slots_stride;
+        float *scores = malloc((size_t)lengths[sequence] * LANES * sizeof *scores), sums[LANES];
+        bf16 packed[LANES * size];
+        pack_heads(q + offset, heads - head, size, packed);
+        _mm512_storeu_ps(sums, softmax_scores(packed, keys, context, lengths[sequence], size, scores));
+        weigh_values(scores, sums, values, context, lengths[sequence], smaller(heads - head, LANES), size, y + offset);
+        free(scores);
+    }
+}
+
+/* down(silu(gate x) * up x) of some rows: an expert with those that chose it, or a dense or shared FFN with all. */
+typedef struct {
+    const bf16 *gate_up; /* blocks of gate and up by turns */
+    const bf16 *down;
+    long width;
+    /* filled anew for every call: */
+    long num_rows;
+    int32_t *rows;  /* of x and y */
+    float *weights; /* what each row's output is multiplied by */
+    bf16 *hidden;   /* [num_rows, width] */
+} Part;
+
+/* Gives each part its rows: the first one all of them, the experts from `first_expert` on those that chose them. */
+static void group_rows(Part *parts, long num_experts, long first_expert, long num_rows, const int32_t *topk_ids,
+                       const float *topk_weights, long top_k, int32_t *rows, float *weights, bf16 *hidden) {
+    parts[0].num_rows = num_rows;
+    for (long e = 1; e <= num_experts; e++) parts[e].num_rows = 0;
+    for (long i = 0; i < num_rows * top_k; i++) {
+        long expert = topk_ids[i] - first_expert;
+        if (0 <= expert && expert < num_experts) parts[1 + expert].num_rows++;
+    }
+    for (long e = 0; e <= num_experts; e++) {
+        parts[e].rows = rows, parts[e].weights = weights, parts[e].hidden = hidden;
+        rows += parts[e].num_rows, weights += parts[e].num_rows, hidden += parts[e].num_rows * parts[e].width;
+        if (e) parts[e].num_rows = 0;
+    }
+    for (long i = 0; i < num_rows; i++) parts[0].rows[i] = (int32_t)i, parts[0].weights[i] = 1.0f;
+    for (long i = 0; i < num_rows * top_k; i++) {
+        long expert = topk_ids[i] - first_expert;
+        if (expert < 0 || expert >= num_experts) continue;
+        Part *part = parts + 1 + expert;
+        part->rows[part->num_rows] = (int32_t)(i / top_k);
+        part->weights[part->num_rows++] = topk_weights[i];
+    }
+}
+
+static void gate_up(const Part *part, const bf16 *x, long size) {
+#pragma omp for schedule(static) nowait
+    for (long n = 0; n < part->width / LANES; n++) {
+        const bf16 *gate = part->gate_up + n * 2 * LANES * size, *up = gate + LANES * size;
+        for (long first = 0; first < part->num_rows; first += TILE) {
+            int num_rows = smaller(part->num_rows - first, TILE);
+            const bf16 *rows[TILE];
+            __m512 g[TILE], u[TILE];
+            for (int m = 0; m < TILE; m++) rows[m] = x + part->rows[first + (m < num_rows ? m : 0)] * size;
+            block(rows, num_rows, gate, size, g);
+            block(rows, num_rows, up, size, u);
+            for (int m = 0; m < num_rows; m++)
+                store_bf16(part->hidden + (first + m) * part->width + n * LANES, _mm512_mul_ps(silu(g[m]), u[m]));
+        }
+    }
+}
+
+/* Adds the part's output to y; every thread has the same columns of every part. */
+static void down(const Part *part, float *y, long size) {
+#pragma omp for schedule(static) nowait
+    for (long n = 0; n < size / LANES; n++) {
+        for (long first = 0; first < part->num_rows; first += TILE) {
+            int num_rows = smaller(part->num_rows - first, TILE);
+            const bf16 *rows[TILE];
+            __m512 out[TILE];
+            for (int m = 0; m < TILE; m++) rows[m] = part->hidden + (first + (m < num_rows ? m : 0)) * part->width;
+            block(rows, num_rows, part->down + n * LANES * part->width, part->width, out);
+            for (int m = 0; m < num_rows; m++) {
+                float *to = y + part->rows[first + m] * size + n * LANES;
+                __m512 weight = _mm512_set1_ps(part->weights[first + m]);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(out[m], weight, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+/* y [num_rows, size] = the sum of all parts of x. parts has 1 + num_experts; scratch has room, one after the other, for
+   [num_rows, size] sums, the weights and rows of all parts, and their hidden values. */
+void afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
+             const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch, bf16 *y) {
+    long num_elements = num_rows * size, num_pairs = num_rows * (1 + top_k);
+    float *sums = scratch, *weights = sums + num_elements;
+    int32_t *rows = (int32_t *)(weights + num_pairs);
+    group_rows(parts, num_experts, first_expert, num_rows, topk_ids, topk_weights, top_k, rows, weights,
+               (bf16 *)(rows + num_pairs));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (long i = 0; i < num_elements; i += LANES) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
+        for (long p = 0; p <= num_experts; p++) gate_up(parts + p, x, size);
+#pragma omp barrier
+        for (long p = 0; p <= num_experts; p++) down(parts + p, sums, size);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long i = 0; i < num_elements; i += LANES) store_bf16(y + i, _mm512_loadu_ps(sums + i));
+    }
+}

@@ -1,0 +1,55 @@
+"""The paged KV cache, and what attention must know of the sequences in it.
+
+T tokens of a microbatch, d head size, S sequences, L context length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One key and one value vector per layer and slot; a slot is one token's place in a block."""
+
+    keys: Tensor  # [layers, slots, d]
+    values: Tensor  # [layers, slots, d]
+
+    @classmethod
+    def allocate(
+        cls, num_layers: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        shape = (num_layers, num_slots, head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+@dataclass(frozen=True)
+class DecodeContext:
+    """The contexts of decoding sequences, which have one new token each."""
+
+    slots: Tensor  # [S, longest L] int64, padded with any slot of the sequence
+    lengths: Tensor  # [S] int64
+
+    @property
+    def num_sequences(self) -> int:
+        return self.slots.shape[0]
+
+    @cached_property
+    def is_padding(self) -> Tensor:
+        """[S, 1, longest L] bool."""
+        positions = torch.arange(self.slots.shape[1], device=self.slots.device)
+        return (positions >= self.lengths[:, None])[:, None]
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Several new tokens of one sequence: rows [start, stop) of the microbatch, over a context that ends with them."""
+
+    start: int
+    stop: int
+    context_slots: Tensor  # [L]
+    mask: Tensor  # [stop - start, L] bool, True where a token may look
