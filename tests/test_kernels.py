@@ -195,7 +195,7 @@ def test_without_a_compiler_torchs_own_operations_serve(monkeypatch: pytest.Monk
     monkeypatch.setenv("CC", "no-such-compiler")
     native._library.cache_clear()
     assert isinstance(choose_ops("auto", config, torch.bfloat16, CPU), TorchOps)
-    with pytest.raises(ConfigError, match="AFD_KERNELS=compiled cannot be had: no-such-compiler: .*No such file"):
+    with pytest.raises(ConfigError, match=r"AFD_KERNELS=compiled cannot be had: no-such-compiler: .*No such file"):
         choose_ops("compiled", config, torch.bfloat16, CPU)
     native._library.cache_clear()
 
