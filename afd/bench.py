@@ -59,6 +59,7 @@ class Result:
     step_ms: float
     step_share: dict[str, float]
     crossing_share: dict[str, float]
+    bubble_share: dict[str, float]  # attention's of its steps, the FFN's of the time it works; none if collocated
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ async def _stream(client: Client, load: Load, vocab_size: int, seed: int, advanc
 
 def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[str, float]) -> Result:
     step_s = spent["afd_step_seconds"]
-    crossing_s = spent["afd_handoff_seconds"]
+    crossing_s = _total(spent, "afd_handoff_seconds")
     return Result(
         load=load,
         output_throughput=sum(map(len, times)) / seconds,
@@ -122,9 +123,25 @@ def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[st
         step_ms=1e3 * step_s / spent["afd_steps"],
         step_share={part: spent[f"afd_step_part_seconds/{part}"] / step_s for part in _PARTS},
         crossing_share={
-            name: spent[f"afd_handoff_{name}_seconds"] / crossing_s for name in ("ffn_compute", "ffn_queue")
+            name: _total(spent, f"afd_handoff_{name}_seconds") / crossing_s for name in ("ffn_compute", "ffn_queue")
         },
+        bubble_share=_bubble_share(spent),
     )
+
+
+def _total(spent: dict[str, float], name: str) -> float:
+    """Of all labels."""
+    return sum(value for each, value in spent.items() if each.partition("/")[0] == name)
+
+
+def _bubble_share(spent: dict[str, float]) -> dict[str, float]:
+    ffn_bubble_s = spent.get("afd_ffn_bubble_seconds")
+    if ffn_bubble_s is None:
+        return {}
+    return {
+        "attention": spent["afd_attention_bubble_seconds"] / spent["afd_step_seconds"],
+        "ffn": ffn_bubble_s / (ffn_bubble_s + spent["afd_ffn_compute_seconds"]),
+    }
 
 
 def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
@@ -162,12 +179,13 @@ def report(results: Results) -> tuple[Table, Table]:
     speeds = Table(title=f"{options.model.name}: {mesh}, {options.threads_each} threads each")
     for heading in ("streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms"):
         speeds.add_column(heading, justify="right")
-    shares = Table(title="where a decode step's time went, % (receive: waiting for the FFN)")
-    for heading in ("streams", "step ms", *_PARTS):
+    shares = Table(title="where a decode step's time went, % (receive: waiting for the FFN); bubbles of both sides, %")
+    for heading in ("streams", "step ms", *_PARTS, "bubble: attention", "FFN"):
         shares.add_column(heading, justify="right")
     for row in results.rows:
         times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)
         speeds.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
         parts = (f"{100 * row.step_share[part]:.0f}" for part in _PARTS)
-        shares.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts)
+        bubbles = (f"{100 * share:.0f}" for share in row.bubble_share.values())
+        shares.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts, *bubbles)
     return speeds, shares

@@ -116,7 +116,7 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
         scheduler=Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), max_sequences=8, prefill_chunk_tokens=16),
         builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU),
         num_microbatches=2,
-        tracer=StepTracer(0),
+        tracer=StepTracer(),
         deliver=deliver,
         reconnect=reconnect,
         recovery_s=1.0,

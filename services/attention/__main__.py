@@ -53,7 +53,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     async with connect(settings.redis) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
-        tracer = StepTracer(settings.ffn_shards)
+        tracer = StepTracer()
         connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)
 
         def deliver(deliveries: list[Delivery]) -> None:
@@ -76,7 +76,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         await asyncio.to_thread(engine.warm_up)
         engine.start()
         async with background(journal.run()):
-            await _serve_engine(settings, checkpoint, engine, max_context_tokens, registry, stop)
+            await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
         await asyncio.to_thread(engine.stop)
 
 
@@ -110,12 +110,13 @@ async def _serve_engine(
     settings: AttentionSettings,
     checkpoint: Checkpoint,
     engine: Engine,
+    connector: FfnConnector,
     max_context_tokens: int,
     registry: Registry,
     stop: StopSignal,
 ) -> None:
     """Serves and holds a lease until it shall stop; then serves what is open."""
-    prometheus_client.REGISTRY.register(AttentionCollector(engine))
+    prometheus_client.REGISTRY.register(AttentionCollector(engine, connector))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
 

@@ -143,7 +143,7 @@ class Engine:
             self._fail([chunk.sequence for chunk in chunks], InternalError("the step failed; the log has the reason"))
 
     def _step(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
-        self.tracer.begin(chunks, timeline)
+        self.tracer.begin(chunks, timeline, self.decoder.ffn.transport_names)
         with timeline.measure("schedule"):
             self._microbatches = self.builder.split(chunks, self.num_microbatches)
         self.num_in_flight = len(self._microbatches)
