@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from afd.client import Client, Stream
+from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
 from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
 
@@ -39,8 +40,22 @@ Attention = Annotated[int, typer.Option(min=1, help="attention replicas")]
 Ffn = Annotated[
     int, typer.Option(min=0, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process")
 ]
+
+
+def _number_or_auto(text: str) -> str:
+    try:
+        return str(parse_microbatches(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Microbatches = Annotated[
-    int, typer.Option(min=1, envvar="AFD_MICROBATCHES", help="parts of the batch that cross the layers independently")
+    str,
+    typer.Option(
+        callback=_number_or_auto,
+        envvar="AFD_MICROBATCHES",
+        help="parts of the batch that cross the layers independently, or auto: found by trying",
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", envvar="AFD_DTYPE", help="of weights and arithmetic")]
 Device = Annotated[str, typer.Option(envvar="AFD_DEVICE", help="cpu, cuda or cuda:N")]
@@ -61,7 +76,7 @@ def up(
     model: Model,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = 2,
+    microbatches: Microbatches = "2",
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
     redis: Annotated[
@@ -171,7 +186,7 @@ def bench(
     output_tokens: Annotated[int, typer.Option(min=2, help="length of each answer")] = 64,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = 2,
+    microbatches: Microbatches = "2",
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
     threads: Threads = None,

@@ -215,6 +215,7 @@ def test_busy_port_is_a_sentence(model: Model) -> None:
         (["up", "--model", "/nowhere"], {}, "/nowhere is no model directory: it has no config.json"),
         (["up"], {}, "--model"),
         (["up", "--model", "M", "--ffn", "-1"], {}, "--ffn"),
+        (["up", "--model", "M", "--microbatches", "0"], {}, "a number from 1 to 64, or auto"),
         (["up", "--model", "M", "--attention", "0"], {}, "--attention"),
         (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
         (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),

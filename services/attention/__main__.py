@@ -34,6 +34,7 @@ from services.attention.ffn_connector import FfnConnector
 from services.attention.journal import Journal
 from services.attention.metrics import AttentionCollector
 from services.attention.microbatch import MicrobatchBuilder
+from services.attention.pipeline import ChunkCost, Pipeline
 from services.attention.scheduler import Scheduler
 from services.attention.servicer import AttentionServicer
 from services.attention.step_tracer import StepTracer
@@ -65,9 +66,14 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
                 BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
             ),
             builder=MicrobatchBuilder(
-                settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, dtype, device
+                settings.block_size,
+                checkpoint.config.head_dim,
+                checkpoint.config.rope_theta,
+                dtype,
+                device,
+                ChunkCost.of(checkpoint.config, settings.ffn_shards),
             ),
-            num_microbatches=settings.microbatches if settings.ffn_shards else 1,  # in-process nothing overlaps
+            pipeline=Pipeline(settings.microbatch_counts),
             tracer=tracer,
             deliver=deliver,
             reconnect=connector.connect,

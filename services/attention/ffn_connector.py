@@ -109,7 +109,7 @@ class FfnConnector:
         settings, config = self.settings, self.checkpoint.config
         is_fp8 = settings.handoff_dtype == "fp8"
         return SlotShape(
-            num_slots=settings.microbatches,
+            num_slots=settings.microbatch_counts[-1],
             max_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
             hidden_size=config.hidden_size,
             top_k=config.top_k,

@@ -36,6 +36,7 @@ class AttentionCollector(Collector):
     def _steps(self) -> Iterator[Metric]:
         counters = self.engine.counters
         yield CounterMetricFamily("afd_steps", "decode steps", value=counters.num_steps)
+        yield CounterMetricFamily("afd_microbatches", "microbatches of all steps", value=counters.num_microbatches)
         yield CounterMetricFamily("afd_step_tokens", "tokens computed", value=counters.num_tokens)
         yield CounterMetricFamily("afd_generated_tokens", "tokens sampled", value=counters.num_generated)
         yield CounterMetricFamily("afd_step_seconds", "time of all steps", value=counters.step_ns / 1e9)

@@ -64,14 +64,16 @@ class StepCounters:
     """Totals over all steps since the start."""
 
     num_steps: int = 0
+    num_microbatches: int = 0
     num_tokens: int = 0
     num_generated: int = 0
     step_ns: int = 0
     part_ns: dict[Part, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, ShardCounters] = field(default_factory=lambda: defaultdict(ShardCounters))
 
-    def add(self, timeline: StepTimeline, num_tokens: int, num_generated: int) -> None:
+    def add(self, timeline: StepTimeline, num_microbatches: int, num_tokens: int, num_generated: int) -> None:
         self.num_steps += 1
+        self.num_microbatches += num_microbatches
         self.num_tokens += num_tokens
         self.num_generated += num_generated
         self.step_ns += timeline.end_ns - timeline.start_ns
