@@ -6,20 +6,18 @@ import asyncio
 import random
 import statistics
 import time
-import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from afd.client import Client
 from afd.mesh import Mesh, MeshOptions, running_mesh
+from afd.scrape import scrape
 
-_METRICS_TIMEOUT_S = 10.0
 _ROUNDS = 2  # every stream asks so many times, one after the other
 _PARTS = ("attention", "send", "receive", "lm_head", "sample", "schedule")
 
@@ -150,21 +148,9 @@ def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
     for service in mesh.services:
         asked = service.replica_id in replica_ids or not replica_ids
         if asked and service.role != "gateway" and service.replica:
-            for name, value in _samples(_read_metrics(service.replica.metrics_address)):
+            for name, value in scrape(str(service.replica.metrics_address)).items():
                 totals[name] = totals.get(name, 0.0) + value
     return totals
-
-
-def _read_metrics(address: str | None) -> str:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=_METRICS_TIMEOUT_S) as answer:
-        return str(answer.read().decode())
-
-
-def _samples(text: str) -> Iterable[tuple[str, float]]:
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            name = sample.name.removesuffix("_total")
-            yield "/".join((name, *sample.labels.values())), sample.value
 
 
 def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:

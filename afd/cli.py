@@ -1,4 +1,4 @@
-"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `make-checkpoint`."""
+"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `doctor`, `make-checkpoint`."""
 
 from __future__ import annotations
 
@@ -248,6 +248,38 @@ def _layer_range(text: str | None) -> range | None:
         return range(int(first), int(last or first) + 1)
     except ValueError:
         raise ConfigError(f"--layers {text}: give a layer, or a range like 0-3") from None
+
+
+@app.command()
+def doctor(
+    ffn: Annotated[str, typer.Argument(help="gRPC address of a running FFN shard")],
+    attention: Annotated[
+        str | None, typer.Argument(help="metrics address of a running attention replica: tells also what that one uses")
+    ] = None,
+    require: Annotated[str | None, typer.Option(help="exit status 1 unless this transport can be had")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="of the largest frame that is tried")] = 640,
+    spin_us: Annotated[int, typer.Option(min=0, envvar="AFD_HANDOFF_SPIN_US", help="as an attention replica's")] = 50,
+    json_file: JsonFile = None,
+) -> None:
+    """Tries every transport from this host to an FFN shard, as an attention replica here would: why not, or how fast.
+
+    The shard itself tells what the two must agree on, so no model is needed. It may be serving meanwhile; then the
+    numbers have its load in them.
+    """
+    from afd.doctor import InUse, as_json, check, report
+    from afd.handoff.diagnosis import diagnose
+    from afd.handoff.negotiate import LADDER
+
+    if require is not None and require not in LADDER:
+        raise typer.BadParameter(f"--require {require}: the transports are {', '.join(LADDER)}")
+    diagnosis = diagnose(ffn, tokens, spin_us / 1e6)
+    in_use = InUse.of(attention, diagnosis.ffn.topology.shard) if attention else None
+    for part in report(diagnosis, in_use):
+        console.print(part)
+    if json_file:
+        _write_json(json_file, as_json(diagnosis, in_use))
+    if require:
+        check(diagnosis, require)
 
 
 @app.command()
