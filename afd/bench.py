@@ -157,21 +157,42 @@ def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, 
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
-def report(results: Results) -> tuple[Table, Table]:
-    """Two tables for people: the speeds, and where the time went."""
+def report(results: Results) -> tuple[Table, Table, Table]:
+    """Tables for people: the speeds, where the time went, and who had to wait."""
+    return _speeds(results), _shares(results), _bubbles(results)
+
+
+def _speeds(results: Results) -> Table:
     options = results.options
     ffn = f"{options.ffn}F, {options.microbatches} microbatches" if options.ffn else " collocated"
     mesh = f"{options.attention}A{ffn}, {options.dtype}"
-    speeds = Table(title=f"{options.model.name}: {mesh}, {options.threads_each} threads each")
-    for heading in ("streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms"):
-        speeds.add_column(heading, justify="right")
-    shares = Table(title="where a decode step's time went, % (receive: waiting for the FFN); bubbles of both sides, %")
-    for heading in ("streams", "step ms", *_PARTS, "bubble: attention", "FFN"):
-        shares.add_column(heading, justify="right")
+    title = f"{options.model.name}: {mesh}, {options.threads_each} threads each"
+    table = _table(title, "streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms")
     for row in results.rows:
         times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)
-        speeds.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
+        table.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
+    return table
+
+
+def _shares(results: Results) -> Table:
+    title = "where a decode step's time went, % (receive: waiting for the FFN)"
+    table = _table(title, "streams", "step ms", *_PARTS)
+    for row in results.rows:
         parts = (f"{100 * row.step_share[part]:.0f}" for part in _PARTS)
-        bubbles = (f"{100 * share:.0f}" for share in row.bubble_share.values())
-        shares.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts, *bubbles)
-    return speeds, shares
+        table.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts)
+    return table
+
+
+def _bubbles(results: Results) -> Table:
+    table = _table("bubbles, %", "streams", "attention", "FFN")
+    for row in results.rows:
+        shares = (f"{100 * share:.0f}" for share in row.bubble_share.values())
+        table.add_row(str(row.load.streams), *shares)
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table

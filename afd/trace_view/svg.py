@@ -105,7 +105,7 @@ def _wrapped(text: str) -> list[str]:
 def _sentence(sums: Account, side: Side) -> str:
     """The side's busy and bubble shares, and what is in them."""
     shares = [_share(sums, word, parts) for word, parts in (("busy", side.busy), ("bubble", side.bubble)) if parts]
-    return f"{side.name}: {', '.join(shares)}"
+    return f"{side.name}: {', '.join(shares)}".replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _share(sums: Account, word: str, parts: dict[str, int]) -> str:

@@ -50,13 +50,15 @@ class ShardCounters:
     bubble_ns: int = 0  # of the steps' time: when it computed nothing of them
 
     def add(self, crossings: list[Crossing], step_ns: int) -> None:
+        batches: dict[tuple[int, int], int] = {}  # frames that were computed together all tell their one batch's time
         self.num_crossings += len(crossings)
-        self.crossing_ns += sum(crossing.arrived_ns - crossing.sent_ns for crossing in crossings)
-        self.queue_ns += sum(crossing.timing.queue_ns for crossing in crossings)
-        self.compute_ns += sum(crossing.timing.compute_ns for crossing in crossings)
-        # Frames that were computed together all tell the time of their one batch.
-        batches = {(crossing.layer_idx, crossing.timing.compute_ns) for crossing in crossings}
-        self.bubble_ns += max(0, step_ns - sum(compute_ns for _, compute_ns in batches))
+        for crossing in crossings:
+            timing = crossing.timing
+            self.crossing_ns += crossing.arrived_ns - crossing.sent_ns
+            self.queue_ns += timing.queue_ns
+            self.compute_ns += timing.compute_ns
+            batches[crossing.layer_idx, timing.compute_ns] = timing.compute_ns
+        self.bubble_ns += max(0, step_ns - sum(batches.values()))
 
 
 @dataclass
