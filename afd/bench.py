@@ -6,20 +6,18 @@ import asyncio
 import random
 import statistics
 import time
-import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from afd.client import Client
 from afd.mesh import Mesh, MeshOptions, running_mesh
+from afd.scrape import scrape
 
-_METRICS_TIMEOUT_S = 10.0
 _ROUNDS = 2  # every stream asks so many times, one after the other
 _PARTS = ("attention", "send", "receive", "lm_head", "sample", "schedule")
 
@@ -59,6 +57,7 @@ class Result:
     step_ms: float
     step_share: dict[str, float]
     crossing_share: dict[str, float]
+    bubble_share: dict[str, float]  # attention's of its steps, the FFN's of the time it works; none if collocated
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ async def _stream(client: Client, load: Load, vocab_size: int, seed: int, advanc
 
 def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[str, float]) -> Result:
     step_s = spent["afd_step_seconds"]
-    crossing_s = spent["afd_handoff_seconds"]
+    crossing_s = _total(spent, "afd_handoff_seconds")
     return Result(
         load=load,
         output_throughput=sum(map(len, times)) / seconds,
@@ -122,9 +121,25 @@ def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[st
         step_ms=1e3 * step_s / spent["afd_steps"],
         step_share={part: spent[f"afd_step_part_seconds/{part}"] / step_s for part in _PARTS},
         crossing_share={
-            name: spent[f"afd_handoff_{name}_seconds"] / crossing_s for name in ("ffn_compute", "ffn_queue")
+            name: _total(spent, f"afd_handoff_{name}_seconds") / crossing_s for name in ("ffn_compute", "ffn_queue")
         },
+        bubble_share=_bubble_share(spent),
     )
+
+
+def _total(spent: dict[str, float], name: str) -> float:
+    """Of all labels."""
+    return sum(value for each, value in spent.items() if each.partition("/")[0] == name)
+
+
+def _bubble_share(spent: dict[str, float]) -> dict[str, float]:
+    ffn_bubble_s = spent.get("afd_ffn_bubble_seconds")
+    if ffn_bubble_s is None:
+        return {}
+    return {
+        "attention": spent["afd_attention_bubble_seconds"] / spent["afd_step_seconds"],
+        "ffn": ffn_bubble_s / (ffn_bubble_s + spent["afd_ffn_compute_seconds"]),
+    }
 
 
 def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
@@ -133,41 +148,51 @@ def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
     for service in mesh.services:
         asked = service.replica_id in replica_ids or not replica_ids
         if asked and service.role != "gateway" and service.replica:
-            for name, value in _samples(_read_metrics(service.replica.metrics_address)):
+            for name, value in scrape(str(service.replica.metrics_address)).items():
                 totals[name] = totals.get(name, 0.0) + value
     return totals
-
-
-def _read_metrics(address: str | None) -> str:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=_METRICS_TIMEOUT_S) as answer:
-        return str(answer.read().decode())
-
-
-def _samples(text: str) -> Iterable[tuple[str, float]]:
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            name = sample.name.removesuffix("_total")
-            yield "/".join((name, *sample.labels.values())), sample.value
 
 
 def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
-def report(results: Results) -> tuple[Table, Table]:
-    """Two tables for people: the speeds, and where the time went."""
+def report(results: Results) -> tuple[Table, Table, Table]:
+    """Tables for people: the speeds, where the time went, and who had to wait."""
+    return _speeds(results), _shares(results), _bubbles(results)
+
+
+def _speeds(results: Results) -> Table:
     options = results.options
     ffn = f"{options.ffn}F, {options.microbatches} microbatches" if options.ffn else " collocated"
     mesh = f"{options.attention}A{ffn}, {options.dtype}"
-    speeds = Table(title=f"{options.model.name}: {mesh}, {options.threads_each} threads each")
-    for heading in ("streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms"):
-        speeds.add_column(heading, justify="right")
-    shares = Table(title="where a decode step's time went, % (receive: waiting for the FFN)")
-    for heading in ("streams", "step ms", *_PARTS):
-        shares.add_column(heading, justify="right")
+    title = f"{options.model.name}: {mesh}, {options.threads_each} threads each"
+    table = _table(title, "streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms")
     for row in results.rows:
         times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)
-        speeds.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
+        table.add_row(str(row.load.streams), f"{row.output_throughput:.1f}", *(f"{time:.1f}" for time in times))
+    return table
+
+
+def _shares(results: Results) -> Table:
+    title = "where a decode step's time went, % (receive: waiting for the FFN)"
+    table = _table(title, "streams", "step ms", *_PARTS)
+    for row in results.rows:
         parts = (f"{100 * row.step_share[part]:.0f}" for part in _PARTS)
-        shares.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts)
-    return speeds, shares
+        table.add_row(str(row.load.streams), f"{row.step_ms:.2f}", *parts)
+    return table
+
+
+def _bubbles(results: Results) -> Table:
+    table = _table("bubbles, %", "streams", "attention", "FFN")
+    for row in results.rows:
+        shares = (f"{100 * share:.0f}" for share in row.bubble_share.values())
+        table.add_row(str(row.load.streams), *shares)
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table

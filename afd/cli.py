@@ -1,4 +1,4 @@
-"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `make-checkpoint`."""
+"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `doctor`, `make-checkpoint`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from afd.client import Client, Stream
+from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
 from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
 
@@ -39,8 +40,22 @@ Attention = Annotated[int, typer.Option(min=1, help="attention replicas")]
 Ffn = Annotated[
     int, typer.Option(min=0, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process")
 ]
+
+
+def _number_or_auto(text: str) -> str:
+    try:
+        return str(parse_microbatches(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Microbatches = Annotated[
-    int, typer.Option(min=1, envvar="AFD_MICROBATCHES", help="parts of the batch that cross the layers independently")
+    str,
+    typer.Option(
+        callback=_number_or_auto,
+        envvar="AFD_MICROBATCHES",
+        help="parts of the batch that cross the layers independently, or auto: found by trying",
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", envvar="AFD_DTYPE", help="of weights and arithmetic")]
 Device = Annotated[str, typer.Option(envvar="AFD_DEVICE", help="cpu, cuda or cuda:N")]
@@ -61,7 +76,7 @@ def up(
     model: Model,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = 2,
+    microbatches: Microbatches = "2",
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
     redis: Annotated[
@@ -171,7 +186,7 @@ def bench(
     output_tokens: Annotated[int, typer.Option(min=2, help="length of each answer")] = 64,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = 2,
+    microbatches: Microbatches = "2",
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
     threads: Threads = None,
@@ -233,6 +248,38 @@ def _layer_range(text: str | None) -> range | None:
         return range(int(first), int(last or first) + 1)
     except ValueError:
         raise ConfigError(f"--layers {text}: give a layer, or a range like 0-3") from None
+
+
+@app.command()
+def doctor(
+    ffn: Annotated[str, typer.Argument(help="gRPC address of a running FFN shard")],
+    attention: Annotated[
+        str | None, typer.Argument(help="metrics address of a running attention replica: tells also what that one uses")
+    ] = None,
+    require: Annotated[str | None, typer.Option(help="exit status 1 unless this transport can be had")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="of the largest frame that is tried")] = 640,
+    spin_us: Annotated[int, typer.Option(min=0, envvar="AFD_HANDOFF_SPIN_US", help="as an attention replica's")] = 50,
+    json_file: JsonFile = None,
+) -> None:
+    """Tries every transport from this host to an FFN shard, as an attention replica here would: why not, or how fast.
+
+    The shard itself tells what the two must agree on, so no model is needed. It may be serving meanwhile; then the
+    numbers have its load in them.
+    """
+    from afd.doctor import InUse, as_json, check, report
+    from afd.handoff.diagnosis import diagnose
+    from afd.handoff.negotiate import LADDER
+
+    if require is not None and require not in LADDER:
+        raise typer.BadParameter(f"--require {require}: the transports are {', '.join(LADDER)}")
+    diagnosis = diagnose(ffn, tokens, spin_us / 1e6)
+    in_use = InUse.of(attention, diagnosis.ffn.topology.shard) if attention else None
+    for part in report(diagnosis, in_use):
+        console.print(part)
+    if json_file:
+        _write_json(json_file, as_json(diagnosis, in_use))
+    if require:
+        check(diagnosis, require)
 
 
 @app.command()

@@ -17,6 +17,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from afd.errors import ConfigError
 
 ENV_PREFIX = "AFD_"
+_MOST_MICROBATCHES = 64
+_MOST_AUTO_MICROBATCHES = 4  # enough while the way takes no longer than two stages (docs/adr/0007)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
@@ -35,6 +37,14 @@ def parse_shard(value: object) -> object:
     if shard >= num_shards:
         raise ValueError(f"shard {shard} of {num_shards} does not exist; shards count from 0")
     return shard, num_shards
+
+
+def parse_microbatches(value: object) -> int | str:
+    """How many, or "auto"."""
+    text = str(value)
+    if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= _MOST_MICROBATCHES):
+        raise ValueError(f"give a number from 1 to {_MOST_MICROBATCHES}, or auto")
+    return text if text == "auto" else int(text)
 
 
 class ServiceSettings(BaseSettings):
@@ -84,8 +94,10 @@ class AttentionSettings(ComputeSettings):
     ffn_shards: Annotated[int, Field(ge=0)] = Field(
         1, description="shards the FFN is split into; 0 runs the FFN inside this process"
     )
-    microbatches: Annotated[int, Field(ge=1, le=64)] = Field(
-        2, description="parts of the batch that cross the layers independently; without FFN shards it is 1"
+    microbatches: Annotated[int | Literal["auto"], BeforeValidator(parse_microbatches)] = Field(
+        2,
+        description="parts of the batch that cross the layers independently, or auto: as many as make steps shortest, "
+        "up to 4, found by trying; without FFN shards it is 1",
     )
     handoff: Literal["auto", "shm", "inline"] = Field(
         "auto", description="how tensors cross: shm or inline and nothing else, or the fastest that a pair has"
@@ -104,6 +116,15 @@ class AttentionSettings(ComputeSettings):
         30.0, description="longest wait for one FFN answer before its replica counts as lost"
     )
     ffn_recovery_s: Seconds = Field(30.0, description="longest wait for a lost FFN shard before its requests fail")
+
+    @property
+    def microbatch_counts(self) -> range:
+        """The numbers of microbatches that a step may have."""
+        if self.ffn_shards == 0:
+            return range(1, 2)  # in-process nothing overlaps
+        if self.microbatches == "auto":
+            return range(1, _MOST_AUTO_MICROBATCHES + 1)
+        return range(self.microbatches, self.microbatches + 1)
 
 
 class FFNSettings(ComputeSettings):

@@ -40,7 +40,7 @@ class MeshOptions:
     model: Path
     attention: int = 1
     ffn: int = 1
-    microbatches: int = 2
+    microbatches: str = "2"
     dtype: str = "bfloat16"
     device: str = "cpu"
     redis: str | None = None

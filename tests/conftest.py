@@ -110,11 +110,19 @@ def start_mesh() -> StartMesh:
     """Runs a mesh of real processes in float32; keyword arguments are settings, as in `num_kv_blocks=8`."""
 
     @contextlib.contextmanager
-    def start(model: Path, attention: int = 1, ffn: int = 1, device: str = "cpu", **settings: object) -> Iterator[Mesh]:
+    def start(
+        model: Path,
+        attention: int = 1,
+        ffn: int = 1,
+        device: str = "cpu",
+        microbatches: int | str = 2,
+        **settings: object,
+    ) -> Iterator[Mesh]:
         options = MeshOptions(
             model=model,
             attention=attention,
             ffn=ffn,
+            microbatches=str(microbatches),
             dtype="float32",
             device=device,
             threads=1,

@@ -196,6 +196,9 @@ def test_bench_reports_speed_and_where_the_time_went(model: Model, tmp_path: Pat
         assert row["output_throughput"] > 0
         assert 0 < row["ttft_ms"]["p50"] <= row["ttft_ms"]["p99"]
         assert 0.5 < sum(row["step_share"].values()) <= 1
+        assert row["bubble_share"]["attention"] == pytest.approx(row["step_share"]["receive"])
+        assert 0 < row["bubble_share"]["ffn"] < 1
+    assert "bubbles, %" in result.stdout
 
 
 def test_busy_port_is_a_sentence(model: Model) -> None:
@@ -215,6 +218,7 @@ def test_busy_port_is_a_sentence(model: Model) -> None:
         (["up", "--model", "/nowhere"], {}, "/nowhere is no model directory: it has no config.json"),
         (["up"], {}, "--model"),
         (["up", "--model", "M", "--ffn", "-1"], {}, "--ffn"),
+        (["up", "--model", "M", "--microbatches", "0"], {}, "a number from 1 to 64, or auto"),
         (["up", "--model", "M", "--attention", "0"], {}, "--attention"),
         (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
         (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),

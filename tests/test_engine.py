@@ -22,6 +22,7 @@ from services.attention.block_manager import BlockManager
 from services.attention.decoder import Decoder
 from services.attention.engine import Delivery, Engine
 from services.attention.microbatch import MicrobatchBuilder
+from services.attention.pipeline import ChunkCost, Pipeline
 from services.attention.scheduler import Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.step_tracer import StepTracer
@@ -114,9 +115,11 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
     engine = Engine(
         decoder=Decoder(stack, cache, ffn),
         scheduler=Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), max_sequences=8, prefill_chunk_tokens=16),
-        builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU),
-        num_microbatches=2,
-        tracer=StepTracer(0),
+        builder=MicrobatchBuilder(
+            BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU, ChunkCost.of(config, 1)
+        ),
+        pipeline=Pipeline(range(2, 3)),
+        tracer=StepTracer(),
         deliver=deliver,
         reconnect=reconnect,
         recovery_s=1.0,

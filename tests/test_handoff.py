@@ -554,6 +554,26 @@ async def test_dropped_frame_is_not_computed(model: Model) -> None:
         assert batcher.counters.num_frames_dropped == 1
 
 
+@pytest.mark.parametrize(("no_work_s", "is_bubble"), [(60.0, True), (0.05, False)])
+async def test_the_ffn_counts_time_between_batches_as_a_bubble_unless_there_was_no_work(
+    model: Model, monkeypatch: pytest.MonkeyPatch, no_work_s: float, is_bubble: bool
+) -> None:
+    monkeypatch.setattr("services.ffn.batcher._NO_WORK_S", no_work_s)
+    async with running_shard(model) as shard:
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
+        batcher.start()
+        for replica in (StubEndpoint(shard.frame(1)), StubEndpoint(shard.frame(2))):
+            await asyncio.sleep(0.1)
+            batcher.attach(replica)
+            async with asyncio.timeout(10):
+                while not replica.answers:
+                    await asyncio.sleep(0.005)
+        batcher.stop()
+        assert batcher.counters.num_batches == 2
+        assert (batcher.counters.bubble_ns >= 0.1e9) == is_bubble
+        assert is_bubble or batcher.counters.bubble_ns == 0
+
+
 async def test_withdrawn_frame_is_not_answered(model: Model) -> None:
     async with running_shard(model) as shard:
         pair, frame = await shard.connect("shm"), shard.frame(5)

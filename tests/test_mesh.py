@@ -44,6 +44,16 @@ def test_tokens_equal_the_oracle_on_every_topology(
         asyncio.run(ask_many(mesh.gateway.address, model, 32))
 
 
+def test_tokens_equal_the_oracle_while_auto_tries_numbers_of_microbatches(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    model = make_model(5)
+    with start_mesh(model.path, 1, 2, microbatches="auto") as mesh:
+        asyncio.run(ask_many(mesh.gateway.address, model, 32))
+        counted = counters(mesh)
+    assert counted["afd_steps"] < counted["afd_microbatches"] < 4 * counted["afd_steps"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize(("attention", "ffn"), TOPOLOGIES)

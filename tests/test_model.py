@@ -28,6 +28,7 @@ from afd.model.transformer import Transformer
 from afd.model.weights import load_all, load_attention, load_ffn_shard
 from afd.state.requests import SequenceKey
 from services.attention.microbatch import MicrobatchBuilder
+from services.attention.pipeline import ChunkCost
 from services.attention.scheduler import Chunk
 from services.attention.sequence import Sequence
 
@@ -136,7 +137,12 @@ def served_logits(model: Served, lengths: list[int], block_size: int, seed: int)
     chooser = random.Random(seed)
     sequences, cache = scrambled_sequences(model, lengths, block_size, chooser)
     builder = MicrobatchBuilder(
-        block_size, model.config.head_dim, model.config.rope_theta, model.stack.embedding.dtype, CPU
+        block_size,
+        model.config.head_dim,
+        model.config.rope_theta,
+        model.stack.embedding.dtype,
+        CPU,
+        ChunkCost.of(model.config, 1),
     )
     rows: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
     while unfinished := [sequence for sequence in sequences if sequence.num_uncomputed]:
@@ -214,7 +220,7 @@ def test_bfloat16_stays_near_float32_at_every_token_where_all_experts_are_chosen
 def test_a_sequence_is_split_over_microbatches_nowhere() -> None:
     model = serve(ModelSizes(vocab_size=50), 1)
     sequences, _ = scrambled_sequences(model, [9, 1, 5, 30], 4, random.Random(0))
-    microbatches = MicrobatchBuilder(4, 16, 1e4, torch.float32, CPU).split(
+    microbatches = MicrobatchBuilder(4, 16, 1e4, torch.float32, CPU, ChunkCost(0.0)).split(
         [Chunk(s, s.num_uncomputed) for s in sequences], 3
     )
     assert [batch.slot for batch in microbatches] == [0, 1, 2]

@@ -153,6 +153,8 @@ def test_a_shard_that_does_not_exist_is_refused(environment: pytest.MonkeyPatch,
         (FFNSettings, "MAX_FRAME_TOKENS", "0"),
         (AttentionSettings, "FFN_SHARDS", "-1"),
         (AttentionSettings, "MICROBATCHES", "0"),
+        (AttentionSettings, "MICROBATCHES", "65"),
+        (AttentionSettings, "MICROBATCHES", "many"),
         (AttentionSettings, "MAX_SEQUENCES", "1.5"),
         (AttentionSettings, "PREFILL_CHUNK_TOKENS", ""),
         (AttentionSettings, "BLOCK_SIZE", "0"),
@@ -174,6 +176,18 @@ def test_a_value_that_cannot_be_is_refused_by_name(
     sentence = refusal(kind)
     assert sentence.startswith(f"AFD_{name}={value}: ")
     assert len(sentence) > len(f"AFD_{name}={value}: ") + 5, "it says why"
+
+
+@pytest.mark.parametrize(
+    ("text", "ffn_shards", "counts"),
+    [("3", 1, range(3, 4)), ("auto", 2, range(1, 5)), ("3", 0, range(1, 2)), ("auto", 0, range(1, 2))],
+)
+def test_microbatches_are_a_number_or_auto_and_one_if_collocated(
+    environment: pytest.MonkeyPatch, text: str, ffn_shards: int, counts: range
+) -> None:
+    environment.setenv("AFD_MICROBATCHES", text)
+    environment.setenv("AFD_FFN_SHARDS", str(ffn_shards))
+    assert load_settings(AttentionSettings).microbatch_counts == counts
 
 
 def test_everything_that_is_wrong_is_told_at_once(environment: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from rich.console import Console, RenderableType
 from afd.errors import ConfigError
 from afd.trace_view import Handoff, Interval, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
 from afd.trace_view.steps import Part
+from afd.trace_view.view import View, account
 
 RECORDED = Path(__file__).parent / "data" / "decode_trace.jsonl"  # a prefill and a decode step; 5 layers, 2 shards
 MS = 1_000_000
@@ -190,10 +192,37 @@ def test_who_computes_and_who_waits_can_be_read_without_colour() -> None:
 def test_the_account_adds_up_to_the_step() -> None:
     lines = printed(timeline(overlapped_step(), 100), 100)
     words = [" ".join(line.split()) for line in lines]
-    for row in ("attention 40.0 ms 40 %", "waiting for the FFN 50.0 ms 50 %", "FFN computing 30.0 ms 30 %"):
+    for row in ("attention 40.0 ms 40 %", "waiting for the FFN 50.0 ms 50 %", "lm_head 5.00 ms 5 %"):
         assert any(line.startswith(row) for line in words), row
-    assert "attention 50 % 50 %" in words  # busy, bubble
-    assert "FFN 1/2 40 % 60 % 2 20.0 ms 0 20.0 ms" in words
+    assert "attention 50 % 50 % 20 % 0 % 30 %" in words  # busy, bubble; of it on the way, queued, other side at work
+    assert "FFN 0/2 30 % 70 % 20 % 10 % 40 %" in words
+    assert "FFN 1/2 40 % 60 % 30 % 0 % 30 %" in words
+    assert "FFN 1/2 2 20.0 ms 0 20.0 ms" in words  # frames, and their means
+
+
+def test_the_svg_says_for_each_side_how_busy_it_was_and_where_the_rest_of_the_step_went() -> None:
+    elements = ElementTree.fromstring(to_svg(overlapped_step())).findall("{*}text")
+    texts = [(element.text or "").replace("\N{NO-BREAK SPACE}", " ") for element in elements]
+    assert [text for text in texts if text.startswith("busy")] == ["busy 50 %", "busy 30 %", "busy 40 %"]
+    parts = "attention 40 %, lm_head 5 %, sample 5 %"
+    assert f"attention: busy 50 % ({parts}), bubble 50 % (FFN at work 30 %, on the way 20 %)" in texts
+    bubble = "attention at work 40 %, on the way 20 %, queued 10 %"
+    assert f"FFN 0/2: busy 30 %, bubble 70 % ({bubble})" in texts
+
+
+@pytest.mark.parametrize("step", [overlapped_step(), serial_step(1), deep_step(61), *load_steps(RECORDED)])
+def test_busy_and_bubble_of_every_side_are_the_whole_step(step: Step) -> None:
+    sums = account(View.of(step, None))
+    assert len(sums.sides) == 1 + step.num_shards
+    for side in sums.sides:
+        assert side.busy_ns + side.bubble_ns == pytest.approx(step.duration_ns, rel=0.001)
+        assert all(duration_ns >= 0 for duration_ns in (*side.busy.values(), *side.bubble.values()))
+
+
+def test_the_heading_says_how_the_frames_moved() -> None:
+    step = overlapped_step()
+    moved = replace(step, attributes={**step.attributes, "afd.handoff.transports": ["shm", "inline"]})
+    assert "2 FFN shards over inline and shm" in printed(timeline(moved, 120), 120)[1]
 
 
 def test_the_verdict_says_who_waits_for_whom() -> None:

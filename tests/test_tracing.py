@@ -17,6 +17,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from afd import Client
+from afd.handoff.negotiate import LADDER
 from tests.conftest import Model, StartMesh
 
 Span = dict[str, Any]
@@ -70,6 +71,14 @@ def test_every_step_is_a_span_linked_to_its_requests(spans: list[Span]) -> None:
     (decode,) = named(spans, "attention.decode")
     assert len(steps) == NUM_TOKENS
     assert all([link["spanId"] for link in step["links"]] == [decode["spanId"]] for step in steps)
+
+
+def test_every_step_says_how_its_frames_move_to_each_shard(spans: list[Span]) -> None:
+    for step in named(spans, "decode_step"):
+        attributes = {attribute["key"]: attribute["value"] for attribute in step["attributes"]}
+        transports = [value["stringValue"] for value in attributes["afd.handoff.transports"]["arrayValue"]["values"]]
+        assert len(transports) == 2
+        assert set(transports) <= set(LADDER)
 
 
 def test_every_layer_of_a_step_has_its_spans_in_both_services(

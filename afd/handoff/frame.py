@@ -79,6 +79,10 @@ class InFlight(Protocol):
 class FFN(Protocol):
     """The one seam: the decoder drives each layer through it, whatever is behind."""
 
+    @property
+    def transport_names(self) -> tuple[str, ...]:
+        """How frames get to each shard; empty where the FFN is in this process."""
+
     def buffer(self, batch: InFlight) -> Tensor | None:
         """Where ffn_input [T, D] is best written, so that it need not be copied; None: anywhere."""
 

@@ -14,6 +14,8 @@ from afd.model.moe import Routing
 class LocalFFN:
     """Computes on receive. One device has nothing to overlap."""
 
+    transport_names: tuple[str, ...] = ()
+
     def __init__(self, shard: FFNShard) -> None:
         self.shard = shard
         self._pending: dict[int, tuple[int, Tensor, Routing | None]] = {}

@@ -47,6 +47,11 @@ class Rung:
         return f"{self.transport}: {self.latency_s * 1e6:.0f} µs, {self.bytes_per_s / 1e9:.2f} GB/s"
 
 
+def slowness(rung: Rung) -> float:
+    """What `auto` wants least of. Frames of decode steps are small: their latency counts."""
+    return rung.latency_s
+
+
 def connect_pair(
     address: str, hello: pb.Hello, frames: FrameSlots, wanted: TransportName | Literal["auto"], spin_s: float
 ) -> tuple[Transport, Rung]:
@@ -64,7 +69,7 @@ def connect_pair(
                 usable += [(transport, rung)] if transport else []
         if not usable:
             raise ConfigError(f"AFD_HANDOFF={wanted} cannot be had with the FFN at {address}: {rung.reason}")
-        best = min(usable, key=lambda pair: pair[1].latency_s)
+        best = min(usable, key=lambda pair: slowness(pair[1]))
     finally:
         for pair in usable:
             if pair is not best:

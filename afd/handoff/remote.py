@@ -54,6 +54,10 @@ class RemoteFFN:
         self._sent: dict[int, tuple[Frame, int]] = {}  # by slot: what is under way, and since when
         self._frame_ids = itertools.count(1)
 
+    @property
+    def transport_names(self) -> tuple[str, ...]:
+        return tuple(transport.name for transport in self.transports)
+
     def buffer(self, batch: InFlight) -> Tensor | None:
         return self.frames.buffer(batch.slot, batch.num_tokens) if self.device.type == "cpu" else None
 

@@ -86,6 +86,11 @@ class Step:
         return self.attributes.get("afd.num_ffn_shards") == 0
 
     @property
+    def transports(self) -> list[str]:
+        """Those that frames moved over, each once."""
+        return sorted(set(self.attributes.get("afd.handoff.transports", ())))
+
+    @property
     def num_layers(self) -> int:
         return 1 + max((interval.layer_idx for interval in self.intervals), default=-1)
 
@@ -172,9 +177,15 @@ def _span(resource: dict[str, Any], span: dict[str, Any]) -> _Span:
 
 
 def _attributes(holder: dict[str, Any]) -> dict[str, Any]:
+    return {entry["key"]: _value(entry["value"]) for entry in holder.get("attributes", ())}
+
+
+def _value(tagged: dict[str, Any]) -> Any:
     """OTLP writes 64-bit integers as strings."""
-    pairs = ((entry["key"], *entry["value"].items()) for entry in holder.get("attributes", ()))
-    return {key: int(value) if kind == "intValue" else value for key, (kind, value) in pairs}
+    ((kind, value),) = tagged.items()
+    if kind == "arrayValue":
+        return [_value(each) for each in value.get("values", ())]
+    return int(value) if kind == "intValue" else value
 
 
 def _step(index: int, root: _Span, children: list[_Span]) -> Step:

@@ -7,7 +7,20 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from afd.trace_view.steps import Step
-from afd.trace_view.view import Bar, View, colours, heading, in_words, layer_labels, letter, ticks, verdict
+from afd.trace_view.view import (
+    Account,
+    Bar,
+    Side,
+    View,
+    account,
+    colours,
+    heading,
+    in_words,
+    layer_labels,
+    letter,
+    ticks,
+    verdict,
+)
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 960, 96, 24, 92  # pixels; the lanes begin at _TOP
 _PLOT = _WIDTH - _LEFT - _RIGHT
@@ -32,9 +45,9 @@ def to_svg(step: Step, layers: range | None = None) -> str:
     Slanted lines are frames on their way. Raises ConfigError for layers that the step does not have.
     """
     view = View.of(step, layers)
+    sums = account(view)
     legend, legend_end = _legend(view, _lane_y(len(view.lanes)) + 24)
-    words = textwrap.wrap(verdict(step, layers), 128)
-    height = legend_end + 20 + 18 * len(words)
+    texts, height = _texts(sums, verdict(step, layers), legend_end + 16)
     title, facts = heading(view)
     return "\n".join(
         [
@@ -44,12 +57,12 @@ def to_svg(step: Step, layers: range | None = None) -> str:
             f'<rect class="bg" x=".5" y=".5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>',
             _label(_RIGHT, 32, title, "title"),
             _label(_RIGHT, 52, facts, "soft"),
-            *_lanes(view),
+            *_lanes(sums),
             *_axes(view),
             *_ways(view),
             *(_bar(view, bar) for bar in _drawn(view)),
             *legend,
-            *(_label(_RIGHT, legend_end + 16 + 18 * line, text, "verdict") for line, text in enumerate(words)),
+            *texts,
             "</svg>\n",
         ]
     )
@@ -67,11 +80,39 @@ def _label(x: float, y: float, text: str, style: str = "") -> str:
     return f'<text class="{style}" x="{x:g}" y="{y:g}">{escape(text)}</text>'
 
 
-def _lanes(view: View) -> Iterator[str]:
-    for lane, name in enumerate(view.lanes):
+def _lanes(sums: Account) -> Iterator[str]:
+    for lane, side in enumerate(sums.sides):
         y = _lane_y(lane)
         yield f'<rect class="track" x="{_LEFT}" y="{y}" width="{_PLOT}" height="{_LANE}" rx="3"/>'
-        yield _label(_LEFT - 10, y + _LANE / 2 + 4, name, "end")
+        yield _label(_LEFT - 10, y + _LANE / 2 - 3, side.name, "end")
+        yield _label(_LEFT - 10, y + _LANE / 2 + 12, f"busy {sums.share(side.busy_ns)}", "soft end")
+
+
+def _texts(sums: Account, conclusion: str, y: int) -> tuple[list[str], int]:
+    """The account of each side and the conclusion, and where the picture ends."""
+    lines = [line for side in sums.sides for line in _wrapped(_sentence(sums, side))]
+    labels = [_label(_RIGHT, y + 18 * number, line) for number, line in enumerate(lines)]
+    y += 18 * len(lines) + 4
+    words = _wrapped(conclusion)
+    labels += [_label(_RIGHT, y + 18 * number, line, "verdict") for number, line in enumerate(words)]
+    return labels, y + 18 * len(words)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 128)
+
+
+def _sentence(sums: Account, side: Side) -> str:
+    """The side's busy and bubble shares, and what is in them."""
+    shares = [_share(sums, word, parts) for word, parts in (("busy", side.busy), ("bubble", side.bubble)) if parts]
+    return f"{side.name}: {', '.join(shares)}".replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _share(sums: Account, word: str, parts: dict[str, int]) -> str:
+    """With its parts that round to anything, the largest first, if there are several."""
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    shares = [f"{name} {sums.share(ns)}" for name, ns in ordered if sums.share(ns) != "0 %"]
+    return f"{word} {sums.share(sum(parts.values()))}" + (f" ({', '.join(shares)})" if len(parts) > 1 else "")
 
 
 def _axes(view: View) -> Iterator[str]:

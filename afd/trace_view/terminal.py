@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from afd.trace_view.steps import PARTS, PHASES, Phase, Step
+from afd.trace_view.steps import PARTS, PHASES, Step
 from afd.trace_view.view import (
     Account,
     View,
@@ -24,11 +24,6 @@ from afd.trace_view.view import (
 )
 
 _SIGNS = {"schedule": "s", "send": ">", "waiting": "·", "lm_head": "h", "sample": "t", "way": "-"}
-_WAITING_WORDS: dict[Phase, str] = {
-    "way": "  on the way",
-    "queue": "  in the FFN's queue",
-    "compute": "  FFN computing",
-}
 
 
 def timeline(step: Step, width: int, layers: range | None = None) -> RenderableType:
@@ -47,7 +42,7 @@ def timeline(step: Step, width: int, layers: range | None = None) -> RenderableT
         _attention_table(view, sums, width),
     ]
     if sums.shards and not step.collocated:
-        blocks.append(_sides_table(sums))
+        blocks += [_sides_table(sums), _frames_table(sums)]
     return Group(*(each for block in blocks for each in (block, Text())), Text(verdict(step, layers), "bold"))
 
 
@@ -139,16 +134,11 @@ def _joined(entries: list[Text], width: int) -> Text:
 
 
 def _rows(view: View, sums: Account) -> Iterator[tuple[str, int]]:
-    """What attention's time went to, and how much; rows that begin with a blank explain the one above."""
+    """What attention's time went to, and how much."""
+    waiting = "FFN in-process" if view.step.collocated else "waiting for the FFN"
     for part in (part for part in PARTS if sums.parts[part]):
-        if part != "waiting":
-            yield part, sums.parts[part]
-        elif view.step.collocated:
-            yield "FFN in-process", sums.parts[part]
-        else:
-            yield "waiting for the FFN", sums.parts[part]
-            yield from ((_WAITING_WORDS[phase], sums.waiting[phase]) for phase in PHASES)
-    yield "between these", max(0, sums.duration_ns - sums.parts.total())
+        yield waiting if part == "waiting" else part, sums.parts[part]
+    yield "other", max(0, sums.duration_ns - sums.parts.total())
 
 
 def _attention_table(view: View, sums: Account, width: int) -> Table:
@@ -156,19 +146,24 @@ def _attention_table(view: View, sums: Account, width: int) -> Table:
     bar_width = max(10, min(40, width - 42))
     for name, duration_ns in _rows(view, sums):
         bar = "━" * round(bar_width * duration_ns / sums.duration_ns)
-        style = "dim" if name.startswith(" ") else ""
-        table.add_row(name, in_words(duration_ns), sums.share(duration_ns), bar, style=style)
+        table.add_row(name, in_words(duration_ns), sums.share(duration_ns), bar)
     return table
 
 
 def _sides_table(sums: Account) -> Table:
-    table = _table("", "busy", "bubble", "frames", "mean: way", "queue", "compute")
-    waiting_ns = sums.parts["waiting"]
-    table.add_row("attention", sums.share(sums.duration_ns - waiting_ns), sums.share(waiting_ns))
+    """A bubble lasts as long as frames are on the way or queued, or the other side is at work."""
+    table = _table("", "busy", "bubble", "of it: on the way", "queued", "other side at work")
+    for side in sums.sides:
+        shares = (sums.share(duration_ns) for duration_ns in (side.busy_ns, side.bubble_ns, *side.bubble.values()))
+        table.add_row(side.name, *shares)
+    return table
+
+
+def _frames_table(sums: Account) -> Table:
+    table = _table("", "frames", "mean: on the way", "queued", "computing")
     for shard in sums.shards:
-        bubble = sums.share(sums.duration_ns - shard.busy_ns)
         means = [in_words(shard.phases[phase] / max(1, shard.num_frames)) for phase in PHASES]
-        table.add_row(shard.name, sums.share(shard.busy_ns), bubble, str(shard.num_frames), *means)
+        table.add_row(shard.name, str(shard.num_frames), *means)
     return table
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from afd.errors import ConfigError
-from afd.trace_view.steps import PHASES, Handoff, Part, Phase, Step
+from afd.trace_view.steps import PARTS, PHASES, Handoff, Part, Phase, Step
 
 
 class Bar(NamedTuple):
@@ -104,9 +104,28 @@ def _flattened(bars: list[Bar]) -> list[Bar]:
 
 
 @dataclass(frozen=True)
+class Side:
+    """How one side spent the step, in nanoseconds: what it did, and why it did nothing in its bubble."""
+
+    name: str
+    busy: dict[str, int]
+    bubble: dict[str, int]  # empty where the two are collocated: while the one computes, the other cannot
+
+    @property
+    def busy_ns(self) -> int:
+        return sum(self.busy.values())
+
+    @property
+    def bubble_ns(self) -> int:
+        return sum(self.bubble.values())
+
+
+@dataclass(frozen=True)
 class ShardAccount:
     name: str
     busy_ns: int  # computing any frame of this step
+    way_ns: int  # computing none, while a frame was on its way
+    queue_ns: int  # computing none, while a frame was in its queue
     num_frames: int
     phases: Counter[Phase]  # of all frames together
     num_awaited: int  # frames whose answer was the last one that attention waited for
@@ -118,9 +137,29 @@ class Account:
     parts: Counter[str]  # of attention
     waiting: Counter[Phase]  # of the waiting: what the shard that answered last was doing
     shards: list[ShardAccount]
+    collocated: bool
 
     def share(self, duration_ns: float) -> str:
         return f"{100 * duration_ns / self.duration_ns:.0f} %"
+
+    @property
+    def sides(self) -> list[Side]:
+        """Attention and every shard, in the order of their lanes."""
+        return [self._attention, *map(self._shard, self.shards)]
+
+    @property
+    def _attention(self) -> Side:
+        busy: dict[str, int] = {part: self.parts[part] for part in PARTS if part != "waiting"}
+        busy["other"] = max(0, self.duration_ns - self.parts.total())
+        way_ns, queue_ns = self.waiting["way"], self.waiting["queue"]
+        ffn_ns = self.parts["waiting"] - way_ns - queue_ns
+        bubble = {"on the way": way_ns, "queued": queue_ns, "FFN at work": ffn_ns}
+        return Side("attention", busy, {} if self.collocated else bubble)
+
+    def _shard(self, shard: ShardAccount) -> Side:
+        attention_ns = self.duration_ns - shard.busy_ns - shard.way_ns - shard.queue_ns
+        bubble = {"on the way": shard.way_ns, "queued": shard.queue_ns, "attention at work": attention_ns}
+        return Side(shard.name, {"computing": shard.busy_ns}, {} if self.collocated else bubble)
 
 
 def account(view: View) -> Account:
@@ -135,7 +174,7 @@ def account(view: View) -> Account:
         for phase, start_ns, end_ns in last.phases:
             waiting[phase] += max(0, min(end_ns, wait.end_ns) - max(start_ns, wait.start_ns))
     shards = [_shard_account(view, shard, awaited[shard]) for shard in range(view.step.num_shards)]
-    return Account(view.duration_ns, parts, waiting, shards)
+    return Account(view.duration_ns, parts, waiting, shards, view.step.collocated)
 
 
 def _waits(view: View) -> Iterator[tuple[Bar, Handoff]]:
@@ -152,8 +191,11 @@ def _shard_account(view: View, shard: int, num_awaited: int) -> ShardAccount:
     phases: Counter[Phase] = Counter()
     for handoff in handoffs:
         phases.update(way=handoff.way_ns, queue=handoff.queue_ns, compute=handoff.compute_ns)
-    busy_ns = sum(bar.duration_ns for bar in view.lane(1 + shard) if bar.kind == "compute")
-    return ShardAccount(view.step.shard_name(shard), busy_ns, len(handoffs), phases, num_awaited)
+    times: Counter[str] = Counter()
+    for bar in view.lane(1 + shard):
+        times[bar.kind] += bar.duration_ns
+    name = view.step.shard_name(shard)
+    return ShardAccount(name, times["compute"], times["way"], times["queue"], len(handoffs), phases, num_awaited)
 
 
 def verdict(step: Step, layers: range | None = None) -> str:
@@ -223,7 +265,11 @@ def heading(view: View) -> tuple[str, str]:
         (step.num_shards, "FFN shard", "s"),
     ]
     facts = [f"{number} {noun}{'' if number == 1 else ending}" for number, noun, ending in counts]
-    return title, ", ".join([*facts[:-1], "FFN in-process"] if step.collocated else facts)
+    if step.collocated:
+        facts[-1] = "FFN in-process"
+    elif step.transports:
+        facts[-1] += f" over {' and '.join(step.transports)}"
+    return title, ", ".join(facts)
 
 
 def ticks(view: View, max_ticks: int) -> tuple[str, list[tuple[int, str]]]:

@@ -138,6 +138,20 @@ class FrameError(_message.Message):
     message: str
     def __init__(self, frame_id: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
+class GetTopologyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetTopologyResponse(_message.Message):
+    __slots__ = ("replica_id", "topology", "max_frame_tokens")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    topology: Topology
+    max_frame_tokens: int
+    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ...) -> None: ...
+
 class GetFfnLoadRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -41,6 +41,11 @@ class FfnServiceStub(object):
                 request_serializer=afd_dot_v1_dot_ffn__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=afd_dot_v1_dot_ffn__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.GetTopology = channel.unary_unary(
+                '/afd.v1.FfnService/GetTopology',
+                request_serializer=afd_dot_v1_dot_ffn__pb2.GetTopologyRequest.SerializeToString,
+                response_deserializer=afd_dot_v1_dot_ffn__pb2.GetTopologyResponse.FromString,
+                _registered_method=True)
         self.GetFfnLoad = channel.unary_unary(
                 '/afd.v1.FfnService/GetFfnLoad',
                 request_serializer=afd_dot_v1_dot_ffn__pb2.GetFfnLoadRequest.SerializeToString,
@@ -66,6 +71,13 @@ class FfnServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTopology(self, request, context):
+        """What a caller must agree on before it connects.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetFfnLoad(self, request, context):
         """What this shard is doing now.
         """
@@ -80,6 +92,11 @@ def add_FfnServiceServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=afd_dot_v1_dot_ffn__pb2.ConnectRequest.FromString,
                     response_serializer=afd_dot_v1_dot_ffn__pb2.ConnectResponse.SerializeToString,
+            ),
+            'GetTopology': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTopology,
+                    request_deserializer=afd_dot_v1_dot_ffn__pb2.GetTopologyRequest.FromString,
+                    response_serializer=afd_dot_v1_dot_ffn__pb2.GetTopologyResponse.SerializeToString,
             ),
             'GetFfnLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetFfnLoad,
@@ -116,6 +133,33 @@ class FfnService(object):
             '/afd.v1.FfnService/Connect',
             afd_dot_v1_dot_ffn__pb2.ConnectRequest.SerializeToString,
             afd_dot_v1_dot_ffn__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTopology(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afd.v1.FfnService/GetTopology',
+            afd_dot_v1_dot_ffn__pb2.GetTopologyRequest.SerializeToString,
+            afd_dot_v1_dot_ffn__pb2.GetTopologyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class FfnServiceStub:
     With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
     and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
+    GetTopology: _grpc.UnaryUnaryMultiCallable[_ffn_pb2.GetTopologyRequest, _ffn_pb2.GetTopologyResponse]
+    """What a caller must agree on before it connects."""
     GetFfnLoad: _grpc.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]
     """What this shard is doing now."""
 
@@ -63,6 +65,8 @@ class FfnServiceAsyncStub(FfnServiceStub):
     With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
     and whose end ends the pair. Without one they move in it, as `frame` and `output`.
     """
+    GetTopology: _aio.UnaryUnaryMultiCallable[_ffn_pb2.GetTopologyRequest, _ffn_pb2.GetTopologyResponse]  # type: ignore[assignment]
+    """What a caller must agree on before it connects."""
     GetFfnLoad: _aio.UnaryUnaryMultiCallable[_ffn_pb2.GetFfnLoadRequest, _ffn_pb2.GetFfnLoadResponse]  # type: ignore[assignment]
     """What this shard is doing now."""
 
@@ -85,6 +89,14 @@ class FfnServiceServicer(metaclass=_abc_1.ABCMeta):
         With a transport in `hello` the tensors move outside this stream, which then carries only drops and refusals,
         and whose end ends the pair. Without one they move in it, as `frame` and `output`.
         """
+
+    @_abc_1.abstractmethod
+    def GetTopology(
+        self,
+        request: _ffn_pb2.GetTopologyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ffn_pb2.GetTopologyResponse, _abc.Awaitable[_ffn_pb2.GetTopologyResponse]]:
+        """What a caller must agree on before it connects."""
 
     @_abc_1.abstractmethod
     def GetFfnLoad(

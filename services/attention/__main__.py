@@ -34,6 +34,7 @@ from services.attention.ffn_connector import FfnConnector
 from services.attention.journal import Journal
 from services.attention.metrics import AttentionCollector
 from services.attention.microbatch import MicrobatchBuilder
+from services.attention.pipeline import ChunkCost, Pipeline
 from services.attention.scheduler import Scheduler
 from services.attention.servicer import AttentionServicer
 from services.attention.step_tracer import StepTracer
@@ -53,7 +54,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     async with connect(settings.redis) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
-        tracer = StepTracer(settings.ffn_shards)
+        tracer = StepTracer()
         connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)
 
         def deliver(deliveries: list[Delivery]) -> None:
@@ -65,9 +66,14 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
                 BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
             ),
             builder=MicrobatchBuilder(
-                settings.block_size, checkpoint.config.head_dim, checkpoint.config.rope_theta, dtype, device
+                settings.block_size,
+                checkpoint.config.head_dim,
+                checkpoint.config.rope_theta,
+                dtype,
+                device,
+                ChunkCost.of(checkpoint.config, settings.ffn_shards),
             ),
-            num_microbatches=settings.microbatches if settings.ffn_shards else 1,  # in-process nothing overlaps
+            pipeline=Pipeline(settings.microbatch_counts),
             tracer=tracer,
             deliver=deliver,
             reconnect=connector.connect,
@@ -76,7 +82,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         await asyncio.to_thread(engine.warm_up)
         engine.start()
         async with background(journal.run()):
-            await _serve_engine(settings, checkpoint, engine, max_context_tokens, registry, stop)
+            await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
         await asyncio.to_thread(engine.stop)
 
 
@@ -110,12 +116,13 @@ async def _serve_engine(
     settings: AttentionSettings,
     checkpoint: Checkpoint,
     engine: Engine,
+    connector: FfnConnector,
     max_context_tokens: int,
     registry: Registry,
     stop: StopSignal,
 ) -> None:
     """Serves and holds a lease until it shall stop; then serves what is open."""
-    prometheus_client.REGISTRY.register(AttentionCollector(engine))
+    prometheus_client.REGISTRY.register(AttentionCollector(engine, connector))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
 

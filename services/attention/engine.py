@@ -18,6 +18,7 @@ from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
 from services.attention.decoder import Decoder
 from services.attention.microbatch import Microbatch, MicrobatchBuilder
+from services.attention.pipeline import Pipeline
 from services.attention.scheduler import Chunk, Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.step_tracer import StepTracer
@@ -56,7 +57,7 @@ class Engine:
         decoder: Decoder,
         scheduler: Scheduler,
         builder: MicrobatchBuilder,
-        num_microbatches: int,
+        pipeline: Pipeline,
         tracer: StepTracer,
         deliver: Callable[[list[Delivery]], None],
         reconnect: Callable[[], FFN],
@@ -65,7 +66,7 @@ class Engine:
         self.decoder = decoder
         self.scheduler = scheduler
         self.builder = builder
-        self.num_microbatches = num_microbatches
+        self.pipeline = pipeline
         self.tracer = tracer
         self.deliver = deliver
         self.reconnect = reconnect
@@ -143,9 +144,10 @@ class Engine:
             self._fail([chunk.sequence for chunk in chunks], InternalError("the step failed; the log has the reason"))
 
     def _step(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
-        self.tracer.begin(chunks, timeline)
+        self.tracer.begin(chunks, timeline, self.decoder.ffn.transport_names)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
         with timeline.measure("schedule"):
-            self._microbatches = self.builder.split(chunks, self.num_microbatches)
+            self._microbatches = self.builder.split(chunks, self.pipeline.choose(len(chunks), num_tokens))
         self.num_in_flight = len(self._microbatches)
         self.decoder.forward(self._microbatches, timeline)
         self.num_in_flight = 0
@@ -155,7 +157,8 @@ class Engine:
         timeline.end_ns = time.perf_counter_ns()
         for batch in self._microbatches:
             timeline.crossings += batch.crossings
-        self.counters.add(timeline, sum(chunk.num_tokens for chunk in chunks), len(deliveries))
+        self.pipeline.observe(timeline.end_ns - timeline.start_ns)
+        self.counters.add(timeline, len(self._microbatches), num_tokens, len(deliveries))
         self.tracer.end(timeline)
         if deliveries:
             self.deliver(deliveries)

@@ -13,7 +13,7 @@ from afd.config import AttentionSettings
 from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable, TransportUnavailable
 from afd.handoff.fp8 import FP8
 from afd.handoff.handshake import topology
-from afd.handoff.negotiate import connect_pair
+from afd.handoff.negotiate import Rung, connect_pair
 from afd.handoff.remote import RemoteFFN, Transport
 from afd.handoff.shm import SharedRegion
 from afd.handoff.slots import FrameSlots, Region, SlotShape
@@ -49,23 +49,26 @@ class FfnConnector:
         self.dtype = dtype
         self.device = device
         self.traceparent = traceparent
+        self.rungs: tuple[Rung, ...] = ()  # what was measured of each shard's transport when it was chosen
 
     def connect(self) -> RemoteFFN:
         """One replica of every shard. Raises PeerUnavailable, Mismatch for a replica that does not belong here, or
         ConfigError if the transport that is wanted cannot be had."""
         replicas = self._replicas()
         frames = self._frame_slots()
-        transports: list[Transport] = []
+        pairs: list[tuple[Transport, Rung]] = []
         try:
             for shard in range(self.num_shards):
-                transports.append(self._connect_shard(shard, replicas, frames))
+                pairs.append(self._connect_shard(shard, replicas, frames))
         except Exception:
-            for transport in transports:
+            for transport, _ in pairs:
                 transport.close()
             raise
         finally:
             if isinstance(frames.region, SharedRegion):
                 frames.region.unlink()
+        self.rungs = tuple(rung for _, rung in pairs)
+        transports = [transport for transport, _ in pairs]
         return RemoteFFN(transports, frames, self.device, self.settings.ffn_timeout_s, self.traceparent)
 
     async def connect_within(self, timeout_s: float) -> RemoteFFN:
@@ -106,7 +109,7 @@ class FfnConnector:
         settings, config = self.settings, self.checkpoint.config
         is_fp8 = settings.handoff_dtype == "fp8"
         return SlotShape(
-            num_slots=settings.microbatches,
+            num_slots=settings.microbatch_counts[-1],
             max_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
             hidden_size=config.hidden_size,
             top_k=config.top_k,
@@ -115,7 +118,7 @@ class FfnConnector:
             output_dtype=torch.bfloat16 if is_fp8 else self.dtype,
         )
 
-    def _connect_shard(self, shard: int, replicas: list[Replica], frames: FrameSlots) -> Transport:
+    def _connect_shard(self, shard: int, replicas: list[Replica], frames: FrameSlots) -> tuple[Transport, Rung]:
         candidates = [replica for replica in replicas if replica.shard == (shard, self.num_shards)]
         failure: AfdError = PeerUnavailable(
             f"no replica of FFN shard {shard}/{self.num_shards} is registered (there are: {_shards(replicas)})"
@@ -123,7 +126,7 @@ class FfnConnector:
         for replica in candidates:
             try:
                 hello, spin_s = self._hello(shard, frames.shape), self.settings.handoff_spin_us / 1e6
-                return connect_pair(replica.address, hello, frames, self.settings.handoff, spin_s)[0]
+                return connect_pair(replica.address, hello, frames, self.settings.handoff, spin_s)
             except (PeerUnavailable, Mismatch) as error:
                 failure = error
         raise failure

@@ -1,4 +1,4 @@
-"""What an attention replica counts for Prometheus."""
+"""What an attention replica counts for Prometheus; docs/metrics.md lists it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.attention.engine import Engine
+from services.attention.ffn_connector import FfnConnector
 from services.attention.timeline import PARTS
 
 
 class AttentionCollector(Collector):
     """Reads the engine's counters when Prometheus asks: the steps pay nothing for it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, connector: FfnConnector) -> None:
         self.engine = engine
+        self.connector = connector
 
     def collect(self) -> Iterator[Metric]:
-        scheduler, counters = self.engine.scheduler, self.engine.counters
+        yield from self._sequences()
+        yield from self._steps()
+        yield from self._transports()
+        yield from self._handoffs()
+
+    def _sequences(self) -> Iterator[Metric]:
+        scheduler = self.engine.scheduler
         yield GaugeMetricFamily("afd_sequences_running", "sequences decoded", value=len(scheduler.running))
         yield GaugeMetricFamily("afd_sequences_waiting", "sequences that wait", value=len(scheduler.waiting))
         yield GaugeMetricFamily("afd_kv_blocks", "KV blocks in all", value=scheduler.blocks.num_blocks)
         yield GaugeMetricFamily("afd_kv_blocks_used", "KV blocks in use", value=scheduler.blocks.num_used)
         yield CounterMetricFamily("afd_preemptions", "sequences preempted", value=scheduler.num_preemptions)
+
+    def _steps(self) -> Iterator[Metric]:
+        counters = self.engine.counters
         yield CounterMetricFamily("afd_steps", "decode steps", value=counters.num_steps)
+        yield CounterMetricFamily("afd_microbatches", "microbatches of all steps", value=counters.num_microbatches)
         yield CounterMetricFamily("afd_step_tokens", "tokens computed", value=counters.num_tokens)
         yield CounterMetricFamily("afd_generated_tokens", "tokens sampled", value=counters.num_generated)
         yield CounterMetricFamily("afd_step_seconds", "time of all steps", value=counters.step_ns / 1e9)
@@ -32,13 +44,40 @@ class AttentionCollector(Collector):
         for part in PARTS:
             parts.add_metric([part], counters.part_ns[part] / 1e9)
         yield parts
-        yield CounterMetricFamily("afd_handoffs", "frames answered", value=counters.num_crossings)
-        yield CounterMetricFamily(
-            "afd_handoff_seconds", "time of all frames from send to arrival", value=counters.crossing_ns / 1e9
-        )
-        yield CounterMetricFamily(
-            "afd_handoff_ffn_queue_seconds", "of that, in the FFN's queue", value=counters.ffn_queue_ns / 1e9
-        )
-        yield CounterMetricFamily(
-            "afd_handoff_ffn_compute_seconds", "of that, computing", value=counters.ffn_compute_ns / 1e9
-        )
+        bubble_ns = 0 if self._is_collocated else counters.part_ns["receive"]
+        yield CounterMetricFamily("afd_attention_bubble_seconds", "waiting for the FFN", value=bubble_ns / 1e9)
+
+    def _transports(self) -> Iterator[Metric]:
+        labels = ["shard", "transport"]
+        chosen = GaugeMetricFamily("afd_handoff_transport", "1: frames move so", labels=labels)
+        latency = GaugeMetricFamily("afd_handoff_probe_latency_seconds", "round trip of one token", labels=labels)
+        bandwidth = GaugeMetricFamily("afd_handoff_probe_bytes_per_second", "both ways together", labels=labels)
+        for shard, rung in enumerate(self.connector.rungs):
+            values = [str(shard), rung.transport]
+            chosen.add_metric(values, 1)
+            latency.add_metric(values, rung.latency_s)
+            bandwidth.add_metric(values, rung.bytes_per_s)
+        yield from (chosen, latency, bandwidth)
+
+    def _handoffs(self) -> Iterator[Metric]:
+        frames = _by_shard("afd_handoffs", "frames answered")
+        crossing = _by_shard("afd_handoff_seconds", "time of all frames from send to arrival")
+        queue = _by_shard("afd_handoff_ffn_queue_seconds", "of that, in the FFN's queue")
+        compute = _by_shard("afd_handoff_ffn_compute_seconds", "of that, computing")
+        bubble = _by_shard("afd_handoff_ffn_bubble_seconds", "of the steps' time, when the shard computed none of them")
+        for shard, counters in sorted(self.engine.counters.shards.items()):
+            frames.add_metric([str(shard)], counters.num_crossings)
+            crossing.add_metric([str(shard)], counters.crossing_ns / 1e9)
+            queue.add_metric([str(shard)], counters.queue_ns / 1e9)
+            compute.add_metric([str(shard)], counters.compute_ns / 1e9)
+            if not self._is_collocated:
+                bubble.add_metric([str(shard)], counters.bubble_ns / 1e9)
+        yield from (frames, crossing, queue, compute, bubble)
+
+    @property
+    def _is_collocated(self) -> bool:
+        return not self.engine.decoder.ffn.transport_names
+
+
+def _by_shard(name: str, documentation: str) -> CounterMetricFamily:
+    return CounterMetricFamily(name, documentation, labels=["shard"])

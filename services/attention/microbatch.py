@@ -12,6 +12,7 @@ from afd.handoff.frame import Crossing
 from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation
 from afd.model.mfa import AttentionBatch
+from services.attention.pipeline import ChunkCost, balanced
 from services.attention.scheduler import Chunk
 from services.attention.sequence import Sequence
 
@@ -46,16 +47,11 @@ class MicrobatchBuilder:
     rope_theta: float
     dtype: torch.dtype
     device: torch.device
+    cost: ChunkCost
 
     def split(self, chunks: list[Chunk], num_microbatches: int) -> list[Microbatch]:
-        """At most num_microbatches parts with about the same number of tokens; a sequence is never split."""
-        parts: list[list[Chunk]] = [[] for _ in range(min(num_microbatches, len(chunks)))]
-        loads = [0] * len(parts)
-        for chunk in sorted(chunks, key=lambda chunk: -chunk.num_tokens):
-            lightest = loads.index(min(loads))
-            parts[lightest].append(chunk)
-            loads[lightest] += chunk.num_tokens
-        return [self.build(slot, part) for slot, part in enumerate(parts)]
+        """At most num_microbatches parts of about the same cost; a sequence is never split."""
+        return [self.build(slot, part) for slot, part in enumerate(balanced(chunks, num_microbatches, self.cost))]
 
     def build(self, slot: int, chunks: Items[Chunk]) -> Microbatch:
         ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)

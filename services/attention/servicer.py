@@ -55,6 +55,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: rpc.Context) -> pb.GetLoadResponse:
         scheduler, counters = self.engine.scheduler, self.engine.counters
         seconds = {part: counters.part_ns[part] / 1e9 for part in PARTS}
+        shards = list(counters.shards.values())
         return pb.GetLoadResponse(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -65,9 +66,9 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             num_preemptions=scheduler.num_preemptions,
             step_seconds=seconds | {
                 "step": counters.step_ns / 1e9,
-                "ffn_queue": counters.ffn_queue_ns / 1e9,
-                "ffn_compute": counters.ffn_compute_ns / 1e9,
-                "crossing": counters.crossing_ns / 1e9,
+                "ffn_queue": sum(shard.queue_ns for shard in shards) / 1e9,
+                "ffn_compute": sum(shard.compute_ns for shard in shards) / 1e9,
+                "crossing": sum(shard.crossing_ns for shard in shards) / 1e9,
             },
         )  # fmt: skip
 

@@ -14,15 +14,14 @@ from services.attention.timeline import StepTimeline
 
 
 class StepTracer:
-    def __init__(self, num_ffn_shards: int) -> None:
-        self.num_ffn_shards = num_ffn_shards  # 0: in this process
+    def __init__(self) -> None:
         self.traceparent = ""  # of the current step; empty unless it is sampled
         self._span: trace.Span = trace.INVALID_SPAN
         self._finished: queue.SimpleQueue[tuple[trace.Span, StepTimeline]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="step-tracer", daemon=True).start()
 
-    def begin(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
-        """Starts the step's span, linked to the requests that are in it."""
+    def begin(self, chunks: list[Chunk], timeline: StepTimeline, transport_names: tuple[str, ...]) -> None:
+        """Starts the step's span, linked to the requests that are in it. transport_names: of each FFN shard, if any."""
         requests = {chunk.sequence.key.request_id: chunk.sequence.span_context for chunk in chunks}
         self._span = tracer.start_span(
             "decode_step",
@@ -30,7 +29,8 @@ class StepTracer:
             links=[trace.Link(context) for context in requests.values() if context is not None and context.is_valid],
             start_time=clock_ns(timeline.start_ns),
             attributes={
-                "afd.num_ffn_shards": self.num_ffn_shards,
+                "afd.num_ffn_shards": len(transport_names),
+                "afd.handoff.transports": transport_names,
                 "afd.num_sequences": len(chunks),
                 "afd.num_tokens": sum(chunk.num_tokens for chunk in chunks),
             },

@@ -40,28 +40,49 @@ class StepTimeline:
 
 
 @dataclass
+class ShardCounters:
+    """Of one FFN shard, as this side saw it; totals over all steps since the start."""
+
+    num_crossings: int = 0
+    crossing_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    bubble_ns: int = 0  # of the steps' time: when it computed nothing of them
+
+    def add(self, crossings: list[Crossing], step_ns: int) -> None:
+        batches: dict[tuple[int, int], int] = {}  # frames that were computed together all tell their one batch's time
+        self.num_crossings += len(crossings)
+        for crossing in crossings:
+            timing = crossing.timing
+            self.crossing_ns += crossing.arrived_ns - crossing.sent_ns
+            self.queue_ns += timing.queue_ns
+            self.compute_ns += timing.compute_ns
+            batches[crossing.layer_idx, timing.compute_ns] = timing.compute_ns
+        self.bubble_ns += max(0, step_ns - sum(batches.values()))
+
+
+@dataclass
 class StepCounters:
     """Totals over all steps since the start."""
 
     num_steps: int = 0
+    num_microbatches: int = 0
     num_tokens: int = 0
     num_generated: int = 0
     step_ns: int = 0
     part_ns: dict[Part, int] = field(default_factory=lambda: defaultdict(int))
-    ffn_queue_ns: int = 0
-    ffn_compute_ns: int = 0
-    crossing_ns: int = 0
-    num_crossings: int = 0
+    shards: dict[int, ShardCounters] = field(default_factory=lambda: defaultdict(ShardCounters))
 
-    def add(self, timeline: StepTimeline, num_tokens: int, num_generated: int) -> None:
+    def add(self, timeline: StepTimeline, num_microbatches: int, num_tokens: int, num_generated: int) -> None:
         self.num_steps += 1
+        self.num_microbatches += num_microbatches
         self.num_tokens += num_tokens
         self.num_generated += num_generated
         self.step_ns += timeline.end_ns - timeline.start_ns
         for interval in timeline.intervals:
             self.part_ns[interval.part] += interval.end_ns - interval.start_ns
+        crossings: dict[int, list[Crossing]] = {shard: [] for shard in self.shards}
         for crossing in timeline.crossings:
-            self.num_crossings += 1
-            self.crossing_ns += crossing.arrived_ns - crossing.sent_ns
-            self.ffn_queue_ns += crossing.timing.queue_ns
-            self.ffn_compute_ns += crossing.timing.compute_ns
+            crossings.setdefault(crossing.shard, []).append(crossing)
+        for shard, own in crossings.items():
+            self.shards[shard].add(own, timeline.end_ns - timeline.start_ns)

@@ -23,6 +23,8 @@ from afd.telemetry import record_ffn_spans
 
 log = logging.getLogger(__name__)
 
+_NO_WORK_S = 1.0
+
 
 class Endpoint(Protocol):
     """The FFN side of an attention-FFN pair, whatever its transport."""
@@ -67,6 +69,7 @@ class BatcherCounters:
     num_frames_dropped: int = 0
     queue_ns: int = 0
     compute_ns: int = 0
+    bubble_ns: int = 0
 
 
 class Batcher:
@@ -112,10 +115,17 @@ class Batcher:
         while not self._stopping:
             self._collect()
             if self._queue:
+                self._count_bubble()
                 self._compute_or_refuse(self._next_batch())
                 self._worked_at = time.monotonic()
             else:
                 self._idle()
+
+    def _count_bubble(self) -> None:
+        """The time since the last batch, unless it is so long that there was no work."""
+        idle_s = time.monotonic() - self._worked_at
+        if idle_s <= _NO_WORK_S:
+            self.counters.bubble_ns += int(idle_s * 1e9)
 
     def _idle(self) -> None:
         bells = [self._own_bell, *(endpoint.bell for endpoint in self.endpoints)]

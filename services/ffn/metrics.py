@@ -1,4 +1,4 @@
-"""What an FFN shard counts for Prometheus."""
+"""What an FFN shard counts for Prometheus; docs/metrics.md lists it."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ class FfnCollector(Collector):
             "afd_ffn_queue_seconds", "time of all frames in the queue", value=counters.queue_ns / 1e9
         )
         yield CounterMetricFamily("afd_ffn_compute_seconds", "time computing", value=counters.compute_ns / 1e9)
+        yield CounterMetricFamily(
+            "afd_ffn_bubble_seconds",
+            "time between two batches, where it is at most 1 s",
+            value=counters.bubble_ns / 1e9,
+        )

@@ -55,6 +55,13 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
                 while (response := await pair.outbox.get()) is not None:
                     yield response
 
+    async def GetTopology(self, request: pb.GetTopologyRequest, context: rpc.Context) -> pb.GetTopologyResponse:
+        return pb.GetTopologyResponse(
+            replica_id=self.welcome.replica_id,
+            topology=self.welcome.topology,
+            max_frame_tokens=self.welcome.max_frame_tokens,
+        )
+
     async def GetFfnLoad(self, request: pb.GetFfnLoadRequest, context: rpc.Context) -> pb.GetFfnLoadResponse:
         counters = self.batcher.counters
         return pb.GetFfnLoadResponse(

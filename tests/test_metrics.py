@@ -1,0 +1,106 @@
+"""What the services count for Prometheus: the transport of each pair, and the bubbles of both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from afd import Client
+from afd.bench import counters
+from afd.handoff.frame import Crossing, Timing
+from afd.handoff.negotiate import LADDER
+from afd.mesh import Mesh
+from services.attention.timeline import StepCounters, StepTimeline
+from tests.conftest import Model, StartMesh
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+
+
+def crossing(shard: int, layer_idx: int, slot: int, compute_ns: int) -> Crossing:
+    return Crossing(shard, layer_idx, slot, 0, 900, Timing(0, compute_ns, 4))
+
+
+def counted(*crossings: Crossing, step_ns: int = 1000) -> StepCounters:
+    step_counters = StepCounters()
+    step_counters.add(StepTimeline(start_ns=0, end_ns=step_ns, crossings=list(crossings)), 1, 1, 1)
+    return step_counters
+
+
+def test_a_shards_bubble_is_the_part_of_the_step_that_it_computes_nothing_of() -> None:
+    step_counters = counted(crossing(0, 0, 0, 300), crossing(0, 1, 0, 200), crossing(1, 0, 0, 100))
+    assert [step_counters.shards[shard].bubble_ns for shard in (0, 1)] == [500, 900]
+
+
+def test_a_batch_of_several_frames_is_busy_once() -> None:
+    step_counters = counted(crossing(0, 0, 0, 300), crossing(0, 0, 1, 300), crossing(0, 1, 0, 300))
+    assert step_counters.shards[0].bubble_ns == 400
+    assert step_counters.shards[0].compute_ns == 900
+
+
+def test_a_step_without_frames_for_a_shard_is_all_bubble_for_it() -> None:
+    step_counters = counted(crossing(0, 0, 0, 300))
+    step_counters.add(StepTimeline(start_ns=0, end_ns=100), 1, 1, 1)
+    assert step_counters.shards[0].bubble_ns == 800
+
+
+async def ask(address: str) -> None:
+    async with Client(address) as client:
+        async for _ in client.generate([3, 4, 5], max_tokens=8, ignore_eos=True):
+            pass
+
+
+@pytest.fixture(scope="module")
+def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[Mesh]:
+    with start_mesh(make_model(4).path, 1, 2) as mesh:
+        asyncio.run(ask(mesh.gateway.address))
+        yield mesh
+
+
+def test_the_transport_of_every_pair_is_a_metric_with_what_its_probe_measured(mesh: Mesh) -> None:
+    values = counters(mesh, "attention-0")
+    for shard in ("0", "1"):
+        (transport,) = (name for name in LADDER if f"afd_handoff_transport/{shard}/{name}" in values)
+        assert values[f"afd_handoff_transport/{shard}/{transport}"] == 1
+        assert 0 < values[f"afd_handoff_probe_latency_seconds/{shard}/{transport}"] < 5
+        assert values[f"afd_handoff_probe_bytes_per_second/{shard}/{transport}"] > 0
+        assert values[f"afd_handoffs/{shard}"] == values["afd_handoffs/0"] > 0
+
+
+def test_bubbles_of_both_sides_are_metrics_and_parts_of_the_time(mesh: Mesh) -> None:
+    attention, ffn = counters(mesh, "attention-0"), counters(mesh, "ffn-0", "ffn-1")
+    assert attention["afd_attention_bubble_seconds"] == attention["afd_step_part_seconds/receive"] > 0
+    for shard in ("0", "1"):
+        assert 0 < attention[f"afd_handoff_ffn_bubble_seconds/{shard}"] < attention["afd_step_seconds"]
+    assert ffn["afd_ffn_bubble_seconds"] > 0
+    assert ffn["afd_ffn_compute_seconds"] > 0
+
+
+def test_collocated_attention_has_no_bubble_and_no_transport(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    with start_mesh(make_model(4).path, 1, 0) as mesh:
+        asyncio.run(ask(mesh.gateway.address))
+        values = counters(mesh)
+    assert values["afd_attention_bubble_seconds"] == 0
+    assert values["afd_step_part_seconds/receive"] > 0
+    assert not [name for name in values if name.startswith(("afd_handoff_transport", "afd_handoff_ffn_bubble"))]
+
+
+def served_names(mesh: Mesh) -> set[str]:
+    """The metrics of ours that the services serve, named as in the documentation."""
+    names: set[str] = set()
+    for service in mesh.services:
+        assert service.replica is not None
+        with urllib.request.urlopen(f"http://{service.replica.metrics_address}/metrics", timeout=10) as answer:
+            names |= set(re.findall(r"^# TYPE ((?:afd|gen_ai)_\w+)", answer.read().decode(), re.MULTILINE))
+    return {name.removesuffix("_total") for name in names if not name.endswith("_created")}
+
+
+def test_the_documentation_lists_every_metric_and_no_other(mesh: Mesh) -> None:
+    tables = DOCS.read_text().partition("## Bubbles")[0]
+    assert set(re.findall(r"`((?:afd|gen_ai)_\w+)", tables)) - {"afd_trace"} == served_names(mesh)
