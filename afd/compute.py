@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -12,15 +16,39 @@ from afd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare_torch(settings: ComputeSettings) -> tuple[torch.dtype, torch.device]:
-    """Sets the number of threads; returns the dtype and device asked for. ConfigError without that device."""
-    torch.set_num_threads(settings.threads)
+class ComputeThread(ThreadPoolExecutor):
+    """The one thread of a process that computes: it loads, warms up, and runs step after step or batch after batch.
+
+    If several did, OpenMP would keep a team of threads for each of them, and let none look out for its next work.
+    """
+
+    def __init__(self, threads: int = 1, cpus: frozenset[int] | None = None) -> None:
+        super().__init__(1, "compute", _prepare, (threads, cpus))
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """What the function returns; the event loop goes on meanwhile."""
+        return await asyncio.wrap_future(self.submit(function, *args))
+
+
+def _prepare(threads: int, cpus: frozenset[int] | None) -> None:
+    torch.set_num_threads(threads)
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
+
+
+def choose_device(settings: ComputeSettings) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device asked for. Raises ConfigError without that device, or without a processor asked for."""
     device = torch.device(settings.device)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"AFD_DEVICE={settings.device}: this machine has no such GPU; use AFD_DEVICE=cpu")
+    if missing := (settings.cpus or frozenset()) - os.sched_getaffinity(0):
+        there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise ConfigError(f"AFD_CPUS: this process may not use processor {min(missing)}, only {there}")
     return DTYPES[settings.dtype], device
 
 

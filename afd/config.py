@@ -47,6 +47,14 @@ def parse_microbatches(value: object) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def parse_cpus(value: object) -> object:
+    """ "0,2-3" is processors 0, 2 and 3."""
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in str(value).split(",")]
+    if not all(parts):
+        return value
+    return frozenset(cpu for part in parts if part for cpu in range(int(part[1]), int(part[2] or part[1]) + 1))
+
+
 class ServiceSettings(BaseSettings):
     """What all services share."""
 
@@ -82,6 +90,9 @@ class ComputeSettings(ServiceSettings):
     dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
     device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
+    cpus: Annotated[frozenset[int] | None, NoDecode, BeforeValidator(parse_cpus)] = Field(
+        None, description="processors that compute threads keep to, like 0 or 0,2-3; default: any"
+    )
     kernels: Literal["auto", "compiled", "torch"] = Field(
         "auto", description="compiled ones for bfloat16 on the CPU where there is a C compiler; torch never compiles"
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from afd.compute import ComputeThread
 from afd.errors import InternalError, PeerUnavailable
 from afd.handoff.local import LocalFFN
 from afd.model.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
     )
     harness = Harness(model, engine, ffn)
     engine.warm_up()
-    engine.start()
+    engine.start(ComputeThread())
     yield harness
     engine.stop()
 

@@ -16,6 +16,7 @@ import grpc.aio
 import pytest
 import torch
 
+from afd.compute import ComputeThread
 from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
 from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream
@@ -166,7 +167,7 @@ async def running_shard(model: Model, shard: int = 0, num_shards: int = 1) -> As
     checkpoint = Checkpoint(model.path)
     loaded = load_ffn_shard(checkpoint, shard, num_shards, torch.float32, CPU, lambda done, total: None)
     batcher = Batcher(loaded, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
-    batcher.start()
+    batcher.start(ComputeThread())
     welcome = pb.Welcome(
         replica_id="ffn",
         topology=topology(checkpoint.config, checkpoint.fingerprint, torch.float32, shard, num_shards),
@@ -271,7 +272,7 @@ async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Mode
         replicas = [StubEndpoint(frames[0]), StubEndpoint(*frames[1:], shard.frame(frame_id=4, moe=False))]
         for replica in replicas:
             batcher.attach(replica)
-        batcher.start()
+        batcher.start(ComputeThread())
         answers: dict[int, tuple[torch.Tensor, Timing]] = {}
         async with asyncio.timeout(10):
             while len(answers) < 4:
@@ -545,7 +546,7 @@ async def test_dropped_frame_is_not_computed(model: Model) -> None:
         mine.awaited.discard(1)
         batcher.attach(mine)
         batcher.attach(other)
-        batcher.start()
+        batcher.start(ComputeThread())
         async with asyncio.timeout(10):
             while not (mine.answers and other.answers):
                 await asyncio.sleep(0.01)
@@ -561,7 +562,7 @@ async def test_the_ffn_counts_time_between_batches_as_a_bubble_unless_there_was_
     monkeypatch.setattr("services.ffn.batcher._NO_WORK_S", no_work_s)
     async with running_shard(model) as shard:
         batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
-        batcher.start()
+        batcher.start(ComputeThread())
         for replica in (StubEndpoint(shard.frame(1)), StubEndpoint(shard.frame(2))):
             await asyncio.sleep(0.1)
             batcher.attach(replica)

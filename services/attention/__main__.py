@@ -10,7 +10,7 @@ import grpc.aio
 import prometheus_client
 import torch
 
-from afd.compute import loading_progress, prepare_torch
+from afd.compute import ComputeThread, choose_device, loading_progress
 from afd.config import AttentionSettings
 from afd.errors import ConfigError
 from afd.handoff.frame import FFN
@@ -45,11 +45,12 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AttentionService"].full_name
 
 
 async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
-    dtype, device = prepare_torch(settings)
+    dtype, device = choose_device(settings)
     checkpoint = Checkpoint(settings.model)
     num_blocks = settings.num_kv_blocks or _num_blocks(settings, checkpoint, dtype)
     max_context_tokens = min(checkpoint.config.max_context_tokens, num_blocks * settings.block_size)
     loop = asyncio.get_running_loop()
+    compute = ComputeThread(settings.threads, settings.cpus)
 
     async with connect(settings.redis) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
@@ -61,7 +62,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             loop.call_soon_threadsafe(journal.put, deliveries)
 
         engine = Engine(
-            decoder=await _decoder(settings, checkpoint, num_blocks, connector, dtype, device),
+            decoder=await _decoder(settings, checkpoint, num_blocks, connector, compute, dtype, device),
             scheduler=Scheduler(
                 BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
             ),
@@ -79,11 +80,13 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             reconnect=connector.connect,
             recovery_s=settings.ffn_recovery_s,
         )
-        await asyncio.to_thread(engine.warm_up)
-        engine.start()
-        async with background(journal.run()):
-            await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
-        await asyncio.to_thread(engine.stop)
+        await compute.run(engine.warm_up)
+        engine.start(compute)
+        try:
+            async with background(journal.run()):
+                await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
+        finally:
+            await asyncio.to_thread(engine.stop)
 
 
 async def _decoder(
@@ -91,23 +94,25 @@ async def _decoder(
     checkpoint: Checkpoint,
     num_blocks: int,
     connector: FfnConnector,
+    compute: ComputeThread,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decoder:
     """Loads this side's weights and connects to the FFN, or loads it too."""
     config = checkpoint.config
     sweep()
-    stack = await asyncio.to_thread(
+    stack = await compute.run(
         load_attention, checkpoint, dtype, device, loading_progress("attention"), settings.kernels
     )
-    cache = KVCache.allocate(config.num_layers, num_blocks * settings.block_size, config.head_dim, dtype, device)
+    num_slots = num_blocks * settings.block_size
+    cache = await compute.run(KVCache.allocate, config.num_layers, num_slots, config.head_dim, dtype, device)
     ffn: FFN
     if settings.ffn_shards:
         log.info("waiting for %d FFN shards", settings.ffn_shards)
-        ffn = await connector.connect_within(settings.startup_timeout_s)
+        ffn = await connector.connect_within(settings.startup_timeout_s, compute)
     else:
         progress = loading_progress("FFN")
-        shard = await asyncio.to_thread(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels)
+        shard = await compute.run(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels)
         ffn = LocalFFN(shard)
     return Decoder(stack, cache, ffn)
 

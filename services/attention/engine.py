@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
+from afd.compute import ComputeThread
 from afd.errors import AfdError, InternalError, PeerUnavailable
 from afd.handoff.frame import FFN
 from afd.model.sampler import sample
@@ -76,7 +77,7 @@ class Engine:
         self._microbatches: list[Microbatch] = []
         self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ended: Future[None] | None = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -87,14 +88,15 @@ class Engine:
         self.decoder.forward([batch], StepTimeline())
         self.decoder.logits([batch])
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, compute: ComputeThread) -> None:
+        self._ended = compute.submit(self._run)
 
     def stop(self) -> None:
         """Ends after the current step. Sequences that are left are cancelled."""
         self._stopping = True
         self._commands.put(None)
-        self._thread.join()
+        if self._ended:
+            self._ended.result()
         self.decoder.ffn.close()
 
     def submit(self, sequence: Sequence) -> None:

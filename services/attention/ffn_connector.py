@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from afd.compute import ComputeThread
 from afd.config import AttentionSettings
 from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable, TransportUnavailable
 from afd.handoff.fp8 import FP8
@@ -71,12 +72,12 @@ class FfnConnector:
         transports = [transport for transport, _ in pairs]
         return RemoteFFN(transports, frames, self.device, self.settings.ffn_timeout_s, self.traceparent)
 
-    async def connect_within(self, timeout_s: float) -> RemoteFFN:
+    async def connect_within(self, timeout_s: float, compute: ComputeThread) -> RemoteFFN:
         """The same at the start, when shards may still be loading; called on the event loop."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return await asyncio.to_thread(self.connect)
+                return await compute.run(self.connect)
             except PeerUnavailable as error:
                 if time.monotonic() > deadline:
                     raise PeerUnavailable(f"{error}, after {timeout_s:g} s of waiting") from None

@@ -7,8 +7,9 @@ import os
 
 import grpc.aio
 import prometheus_client
+import torch
 
-from afd.compute import loading_progress, prepare_torch
+from afd.compute import ComputeThread, choose_device, loading_progress
 from afd.config import FFNSettings
 from afd.handoff.handshake import topology
 from afd.model.checkpoint import Checkpoint
@@ -28,20 +29,31 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FfnService"].full_name
 
 
 async def serve(settings: FFNSettings, stop: StopSignal) -> None:
-    dtype, device = prepare_torch(settings)
+    dtype, device = choose_device(settings)
     checkpoint = Checkpoint(settings.model)
     shard, num_shards = settings.shard
     progress = loading_progress(f"FFN shard {shard}/{num_shards}")
-    ffn_shard = await asyncio.to_thread(
+    compute = ComputeThread(settings.threads, settings.cpus)
+    ffn_shard = await compute.run(
         load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress, settings.kernels
     )
     batcher = Batcher(ffn_shard, settings.max_frame_tokens, settings.handoff_spin_us / 1e6, device)
-    batcher.start()
+    batcher.start(compute)
+    try:
+        await _serve_batcher(settings, checkpoint, batcher, dtype, stop)
+    finally:
+        await asyncio.to_thread(batcher.stop)
+
+
+async def _serve_batcher(
+    settings: FFNSettings, checkpoint: Checkpoint, batcher: Batcher, dtype: torch.dtype, stop: StopSignal
+) -> None:
+    """Serves and holds a lease until it shall stop."""
     prometheus_client.REGISTRY.register(FfnCollector(batcher))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     welcome = pb.Welcome(
         replica_id=settings.replica_id,
-        topology=topology(checkpoint.config, checkpoint.fingerprint, dtype, shard, num_shards),
+        topology=topology(checkpoint.config, checkpoint.fingerprint, dtype, *settings.shard),
         max_frame_tokens=settings.max_frame_tokens,
     )
     servicer = FfnServicer(batcher, welcome, dtype)
@@ -64,7 +76,6 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
         )
         async with Registry(redis, settings.lease_s, settings.mesh).registered(lambda: replica):
             await stop.wait()
-    batcher.stop()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ One thread looks at every pair for frames, owns the arithmetic, and answers.
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from afd.compute import ComputeThread
 from afd.errors import AfdError, InternalError
 from afd.handoff.bell import Bell, pause
 from afd.handoff.frame import Frame, Timing
@@ -87,19 +88,20 @@ class Batcher:
         self._worked_at = 0.0
         self._own_bell = Bell.private()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="ffn", daemon=True)
+        self._ended: Future[None] | None = None
 
     @property
     def num_queued(self) -> int:
         return len(self._queue)
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, compute: ComputeThread) -> None:
+        self._ended = compute.submit(self._run)
 
     def stop(self) -> None:
         self._stopping = True
         self._own_bell.ring()
-        self._thread.join()
+        if self._ended:
+            self._ended.result()
 
     def attach(self, endpoint: Endpoint) -> None:
         self.endpoints = (*self.endpoints, endpoint)
