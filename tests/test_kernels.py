@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd.errors import ConfigError
 from afd.model import native
-from afd.model.kv_cache import DecodeContext
+from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation, rms_norm
 from afd.model.moe import Routing
 from afd.model.native import NativeOps, choose_ops
@@ -123,6 +123,23 @@ def test_decode_attention_is_that_of_the_definition(
 
 @needs_kernels
 @any_sizes
+@given(st.integers(0, 70), st.integers(1, 30), st.integers(1, 40), multiples, st.integers(0, 99))
+def test_prefill_attention_looks_at_nothing_that_comes_later(
+    ops: NativeOps, num_before: int, num_new: int, heads: int, size: int, seed: int
+) -> None:
+    random = Random(seed)
+    q = random.bfloat16(num_new, heads, size)
+    keys, values = random.bfloat16(2, 200, size).unbind()
+    slots, lengths = random.integers(200, num_before + num_new), torch.arange(num_before, num_before + num_new) + 1
+    chunk = PrefillChunk(0, num_new, slots, lengths)
+    assert_near(
+        ops.prefill_attention(q, keys, values, chunk),
+        TorchOps().prefill_attention(q.double(), keys.double(), values.double(), chunk),
+    )
+
+
+@needs_kernels
+@any_sizes
 @given(st.integers(1, 40), multiples, st.integers(1, 50), st.integers(1, 40), st.integers(0, 6), st.integers(0, 99))
 def test_ffn_is_the_weighted_sum_of_the_chosen_experts_here_and_the_shared_one(
     ops: NativeOps, num_rows: int, size: int, width: int, shared_width: int, num_here: int, seed: int
@@ -163,13 +180,11 @@ def test_whole_model_is_as_near_to_float32_as_with_torchs_own_operations(seed: i
         moe_num_experts=7, moe_top_k=7, moe_intermediate_size=37, share_expert_dim=19,
     )  # fmt: skip
     errors = {}
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    native._library().afd_start_threads(num_threads, None)
     for kernels in ("torch", "compiled"):
         model = serve(sizes, 3, seed, torch.bfloat16, kernels)
         pairs = served_logits(model, [CONTEXT, 17, 1], 8, seed)
         errors[kernels] = torch.cat([(actual - expected).abs() for actual, expected in pairs])
-    torch.set_num_threads(before)
     assert errors["compiled"].mean() < 1.1 * errors["torch"].mean()
     assert errors["compiled"].max() < 1.5 * errors["torch"].max()
 

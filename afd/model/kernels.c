@@ -4,21 +4,119 @@
    blocks of LANES outputs, and in a block, for each pair of inputs, LANES times two values: one register. It is
    prefetched past the second-level cache, so that what runs between two products finds its own data and code there.
 
-   Outputs and inputs are padded to multiples of LANES. Sums are float32. */
+   Outputs and inputs are padded to multiples of LANES. Sums are float32.
 
+   The threads of a process that wait give way (sched_yield) instead of holding their core, so that several processes
+   can share the same cores and work by turns: OpenMP's threads cannot. */
+
+#define _GNU_SOURCE
 #include <immintrin.h>
+#include <linux/futex.h>
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 #ifndef __AVX512BF16__
 #error "this processor has no AVX512-BF16"
 #endif
 
-enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096 };
+enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096, LOOK_OUT_NS = 5000000 };
 
 typedef uint16_t bf16;
+
+/* ---- Threads: one that calls, and helpers that do the same job beside it. ---- */
+
+typedef void (*Job)(const void *arguments, long thread);
+
+static struct {
+    long num_threads; /* with the one that calls */
+    Job job;
+    const void *arguments;
+    atomic_uint num_started; /* jobs; the helpers wait for the next one */
+    atomic_int num_sleeping, num_running, num_arrived, num_barriers;
+    atomic_long next_task;
+} team = {.num_threads = 1};
+
+static long long now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+static void await_job(unsigned last) {
+    long long deadline = now_ns() + LOOK_OUT_NS;
+    while (atomic_load(&team.num_started) == last) {
+        if (now_ns() < deadline) {
+            sched_yield();
+            continue;
+        }
+        atomic_fetch_add(&team.num_sleeping, 1);
+        syscall(SYS_futex, &team.num_started, FUTEX_WAIT_PRIVATE, last, NULL, NULL, 0);
+        atomic_fetch_sub(&team.num_sleeping, 1);
+    }
+}
+
+static void *help(void *argument) {
+    for (unsigned last = 0;; last++) {
+        await_job(last);
+        team.job(team.arguments, (long)argument);
+        atomic_fetch_sub(&team.num_running, 1);
+    }
+    return NULL;
+}
+
+/* Called once; cpus has num_threads processors, or is none. Returns how many threads there are then. */
+long afd_start_threads(long num_threads, const int32_t *cpus) {
+    while (team.num_threads < num_threads) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, help, (void *)team.num_threads)) break;
+        if (cpus) {
+            cpu_set_t set;
+            CPU_ZERO(&set);
+            CPU_SET(cpus[team.num_threads], &set);
+            pthread_setaffinity_np(thread, sizeof set, &set);
+        }
+        pthread_detach(thread);
+        team.num_threads++;
+    }
+    return team.num_threads;
+}
+
+static void run(Job job, const void *arguments) {
+    if (team.num_threads > 1) {
+        team.job = job, team.arguments = arguments;
+        atomic_store(&team.num_running, (int)team.num_threads - 1);
+        atomic_fetch_add(&team.num_started, 1);
+        if (atomic_load(&team.num_sleeping))
+            syscall(SYS_futex, &team.num_started, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    }
+    job(arguments, 0);
+    while (team.num_threads > 1 && atomic_load(&team.num_running)) sched_yield();
+}
+
+/* Goes on when all threads of the job are here. */
+static void barrier(void) {
+    if (team.num_threads == 1) return;
+    int number = atomic_load(&team.num_barriers);
+    if (atomic_fetch_add(&team.num_arrived, 1) == (int)team.num_threads - 1) {
+        atomic_store(&team.num_arrived, 0);
+        atomic_fetch_add(&team.num_barriers, 1);
+    }
+    while (atomic_load(&team.num_barriers) == number) sched_yield();
+}
+
+/* A thread's part of `total`. */
+#define EACH_OF(thread, total, i)                                                                                      \
+    for (long i = (total) * (thread) / team.num_threads; i < (total) * ((thread) + 1) / team.num_threads; i++)
+
+/* ---- Arithmetic. ---- */
 
 static inline void store_bf16(bf16 *to, __m512 y) {
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(y));
@@ -87,19 +185,31 @@ static void block(const bf16 *const *x, int num_rows, const bf16 *w, long inputs
 
 static inline int smaller(long a, long b) { return (int)(a < b ? a : b); }
 
-/* y [rows, outputs] = x [rows, inputs] w^T */
-void afd_linear(const bf16 *x, long rows, long x_stride, const bf16 *w, long inputs, long outputs, bf16 *y) {
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < outputs / LANES; n++) {
-        for (long first = 0; first < rows; first += TILE) {
-            int num_rows = smaller(rows - first, TILE);
-            const bf16 *rows_in[TILE];
+typedef struct {
+    const bf16 *x;
+    long rows, x_stride;
+    const bf16 *w;
+    long inputs, outputs;
+    bf16 *y;
+} Linear;
+
+static void linear(const void *arguments, long thread) {
+    const Linear *a = arguments;
+    EACH_OF(thread, a->outputs / LANES, n) {
+        for (long first = 0; first < a->rows; first += TILE) {
+            int num_rows = smaller(a->rows - first, TILE);
+            const bf16 *rows[TILE];
             __m512 out[TILE];
-            for (int m = 0; m < TILE; m++) rows_in[m] = x + (first + (m < num_rows ? m : 0)) * x_stride;
-            block(rows_in, num_rows, w + n * LANES * inputs, inputs, out);
-            for (int m = 0; m < num_rows; m++) store_bf16(y + (first + m) * outputs + n * LANES, out[m]);
+            for (int m = 0; m < TILE; m++) rows[m] = a->x + (first + (m < num_rows ? m : 0)) * a->x_stride;
+            block(rows, num_rows, a->w + n * LANES * a->inputs, a->inputs, out);
+            for (int m = 0; m < num_rows; m++) store_bf16(a->y + (first + m) * a->outputs + n * LANES, out[m]);
         }
     }
+}
+
+/* y [rows, outputs] = x [rows, inputs] w^T */
+void afd_linear(const bf16 *x, long rows, long x_stride, const bf16 *w, long inputs, long outputs, bf16 *y) {
+    run(linear, &(Linear){x, rows, x_stride, w, inputs, outputs, y});
 }
 
 /* y [rows, size] = x / sqrt(mean(x^2) + eps) * weight */
@@ -197,21 +307,39 @@ static void weigh_values(const float *scores, const float *sums, const bf16 *val
     }
 }
 
-/* y [sequences, heads, size]: attention of one token of each sequence to its context, which all heads share. */
-void afd_decode_attention(const bf16 *q, long sequences, long heads, long size, const bf16 *keys, const bf16 *values,
-                          const int64_t *slots, long slots_stride, const int64_t *lengths, bf16 *y) {
-    long groups = (heads + LANES - 1) / LANES;
-#pragma omp parallel for schedule(dynamic)
-    for (long task = 0; task < sequences * groups; task++) {
-        long sequence = task / groups, head = task % groups * LANES, offset = (sequence * heads + head) * size;
-        const int64_t *context = slots + sequence * slots_stride;
-        float *scores = malloc((size_t)lengths[sequence] * LANES * sizeof *scores), sums[LANES];
+typedef struct {
+    const bf16 *q;
+    long rows, heads, size;
+    const bf16 *keys, *values;
+    const int64_t *slots;
+    long slots_stride;
+    const int64_t *lengths;
+    bf16 *y;
+} Attention;
+
+static void attention(const void *arguments, long thread) {
+    (void)thread; /* contexts differ in length: each takes the next one that nobody has */
+    const Attention *a = arguments;
+    long groups = (a->heads + LANES - 1) / LANES, size = a->size;
+    for (long task; (task = atomic_fetch_add(&team.next_task, 1)) < a->rows * groups;) {
+        long row = task / groups, head = task % groups * LANES, offset = (row * a->heads + head) * size;
+        const int64_t *slots = a->slots + row * a->slots_stride;
+        float *scores = malloc((size_t)a->lengths[row] * LANES * sizeof *scores), sums[LANES];
         bf16 packed[LANES * size];
-        pack_heads(q + offset, heads - head, size, packed);
-        _mm512_storeu_ps(sums, softmax_scores(packed, keys, context, lengths[sequence], size, scores));
-        weigh_values(scores, sums, values, context, lengths[sequence], smaller(heads - head, LANES), size, y + offset);
+        pack_heads(a->q + offset, a->heads - head, size, packed);
+        _mm512_storeu_ps(sums, softmax_scores(packed, a->keys, slots, a->lengths[row], size, scores));
+        weigh_values(scores, sums, a->values, slots, a->lengths[row], smaller(a->heads - head, LANES), size,
+                     a->y + offset);
         free(scores);
     }
+}
+
+/* y [rows, heads, size]: attention of each row of q to its context, which all heads share: the first `lengths` of its
+   row of slots. */
+void afd_attention(const bf16 *q, long rows, long heads, long size, const bf16 *keys, const bf16 *values,
+                   const int64_t *slots, long slots_stride, const int64_t *lengths, bf16 *y) {
+    atomic_store(&team.next_task, 0);
+    run(attention, &(Attention){q, rows, heads, size, keys, values, slots, slots_stride, lengths, y});
 }
 
 /* down(silu(gate x) * up x) of some rows: an expert with those that chose it, or a dense or shared FFN with all. */
@@ -250,9 +378,8 @@ static void group_rows(Part *parts, long num_experts, long first_expert, long nu
     }
 }
 
-static void gate_up(const Part *part, const bf16 *x, long size) {
-#pragma omp for schedule(static) nowait
-    for (long n = 0; n < part->width / LANES; n++) {
+static void gate_up(const Part *part, const bf16 *x, long size, long thread) {
+    EACH_OF(thread, part->width / LANES, n) {
         const bf16 *gate = part->gate_up + n * 2 * LANES * size, *up = gate + LANES * size;
         for (long first = 0; first < part->num_rows; first += TILE) {
             int num_rows = smaller(part->num_rows - first, TILE);
@@ -268,9 +395,8 @@ static void gate_up(const Part *part, const bf16 *x, long size) {
 }
 
 /* Adds the part's output to y; every thread has the same columns of every part. */
-static void down(const Part *part, float *y, long size) {
-#pragma omp for schedule(static) nowait
-    for (long n = 0; n < size / LANES; n++) {
+static void down(const Part *part, float *y, long size, long thread) {
+    EACH_OF(thread, size / LANES, n) {
         for (long first = 0; first < part->num_rows; first += TILE) {
             int num_rows = smaller(part->num_rows - first, TILE);
             const bf16 *rows[TILE];
@@ -286,24 +412,33 @@ static void down(const Part *part, float *y, long size) {
     }
 }
 
+typedef struct {
+    const bf16 *x;
+    long num_elements, size;
+    const Part *parts;
+    long num_parts;
+    float *sums;
+    bf16 *y;
+} Ffn;
+
+static void ffn(const void *arguments, long thread) {
+    const Ffn *a = arguments;
+    EACH_OF(thread, a->num_elements / LANES, i) _mm512_storeu_ps(a->sums + i * LANES, _mm512_setzero_ps());
+    for (long p = 0; p < a->num_parts; p++) gate_up(a->parts + p, a->x, a->size, thread);
+    barrier();
+    for (long p = 0; p < a->num_parts; p++) down(a->parts + p, a->sums, a->size, thread);
+    barrier();
+    EACH_OF(thread, a->num_elements / LANES, i) store_bf16(a->y + i * LANES, _mm512_loadu_ps(a->sums + i * LANES));
+}
+
 /* y [num_rows, size] = the sum of all parts of x. parts has 1 + num_experts; scratch has room, one after the other, for
    [num_rows, size] sums, the weights and rows of all parts, and their hidden values. */
 void afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
              const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch, bf16 *y) {
     long num_elements = num_rows * size, num_pairs = num_rows * (1 + top_k);
-    float *sums = scratch, *weights = sums + num_elements;
+    float *weights = scratch + num_elements;
     int32_t *rows = (int32_t *)(weights + num_pairs);
     group_rows(parts, num_experts, first_expert, num_rows, topk_ids, topk_weights, top_k, rows, weights,
                (bf16 *)(rows + num_pairs));
-#pragma omp parallel
-    {
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < num_elements; i += LANES) _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
-        for (long p = 0; p <= num_experts; p++) gate_up(parts + p, x, size);
-#pragma omp barrier
-        for (long p = 0; p <= num_experts; p++) down(parts + p, sums, size);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long i = 0; i < num_elements; i += LANES) store_bf16(y + i, _mm512_loadu_ps(sums + i));
-    }
+    run(ffn, &(Ffn){x, num_elements, size, parts, 1 + num_experts, scratch, y});
 }

@@ -51,5 +51,10 @@ class PrefillChunk:
 
     start: int
     stop: int
-    context_slots: Tensor  # [L]
-    mask: Tensor  # [stop - start, L] bool, True where a token may look
+    slots: Tensor  # [L] int64
+    lengths: Tensor  # [stop - start] int64: how much of it each token may look at, with itself
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[stop - start, L] bool, True where a token may look."""
+        return torch.arange(len(self.slots), device=self.slots.device) < self.lengths[:, None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from afd.model.kv_cache import DecodeContext, PrefillChunk
@@ -49,13 +48,6 @@ class MFA:
         """Core attention [T, H, d]."""
         num_decoding = batch.decode.num_sequences
         parts = [self.ops.decode_attention(q[:num_decoding], keys, values, batch.decode)] if num_decoding else []
-        parts += [_prefill(q[chunk.start : chunk.stop], keys, values, chunk) for chunk in batch.prefill_chunks]
+        for chunk in batch.prefill_chunks:
+            parts.append(self.ops.prefill_attention(q[chunk.start : chunk.stop], keys, values, chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _prefill(q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
-    """[T, H, d] of one chunk's T tokens."""
-    k, v = keys.index_select(0, chunk.context_slots), values.index_select(0, chunk.context_slots)  # [L, d]
-    heads = (1, q.shape[1], -1, -1)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k.expand(heads), v.expand(heads), chunk.mask)
-    return out[0].transpose(0, 1)

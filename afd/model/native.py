@@ -23,7 +23,7 @@ from torch import Tensor
 
 from afd.errors import ConfigError
 from afd.model.config import ModelConfig
-from afd.model.kv_cache import DecodeContext
+from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation
 from afd.model.moe import Routing
 from afd.model.ops import FFNWeights, Ops, TorchOps
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 KernelsName = Literal["auto", "compiled", "torch"]
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 _COMPILE_TIMEOUT_S = 60.0
 _LANES = 16
 
@@ -79,27 +79,41 @@ def _library() -> ctypes.CDLL:
         command = [compiler, *_FLAGS, "-o", str(path), str(_SOURCE)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-            return _with_signatures(ctypes.CDLL(str(path)))
+            library = _with_signatures(ctypes.CDLL(str(path)))
         except subprocess.CalledProcessError as error:
             why = next((line for line in error.stderr.splitlines() if "error" in line), "it failed")
             raise Unavailable(f"{compiler}: {why}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{compiler}: {error}") from None
+    _start_threads(library)
+    return library
 
 
 def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     p, n, f = _POINTER, _LONG, _FLOAT
     signatures = {
+        "afd_start_threads": [n, p],
         "afd_linear": [p, n, n, p, n, n, p],
         "afd_rms_norm": [p, n, n, n, p, f, p],
         "afd_rotate_and_cache": [p, p, p, n, n, n, n, p, p, p, p, p],
-        "afd_decode_attention": [p, n, n, n, p, p, p, n, p, p],
+        "afd_attention": [p, n, n, n, p, p, p, n, p, p],
         "afd_ffn": [p, n, n, p, n, n, p, p, n, p, p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def _start_threads(library: ctypes.CDLL) -> None:
+    """Gives the kernels as many threads as torch has; each keeps to a processor of its own, if the thread that calls
+    this was pinned to as many."""
+    num_threads, cpus = torch.get_num_threads(), sorted(os.sched_getaffinity(0))
+    is_pinned = len(cpus) == num_threads
+    library.afd_start_threads(num_threads, (ctypes.c_int32 * num_threads)(*cpus) if is_pinned else None)
+    if is_pinned:
+        os.sched_setaffinity(0, cpus[:1])
+    torch.set_num_threads(1)
 
 
 def _padded(size: int) -> int:
@@ -236,18 +250,23 @@ class NativeOps:
         return q
 
     def decode_attention(self, q: Tensor, keys: Tensor, values: Tensor, context: DecodeContext) -> Tensor:
+        return self._attention(q, keys, values, context.slots, context.slots.stride(0), context.lengths)
+
+    def prefill_attention(self, q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
+        return self._attention(q, keys, values, chunk.slots, 0, chunk.lengths)
+
+    def _attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, slots_stride: int, lengths: Tensor
+    ) -> Tensor:
         out = torch.empty_like(q)
-        num_sequences, num_heads, size = q.shape
-        self.library.afd_decode_attention(
+        self.library.afd_attention(
             q.data_ptr(),
-            num_sequences,
-            num_heads,
-            size,
+            *q.shape,
             keys.data_ptr(),
             values.data_ptr(),
-            context.slots.data_ptr(),
-            context.slots.stride(0),
-            context.lengths.data_ptr(),
+            slots.data_ptr(),
+            slots_stride,
+            lengths.data_ptr(),
             out.data_ptr(),
         )
         return out

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afd.model.ffn import DenseFFN, FFNLayer, MoEFFN
-from afd.model.kv_cache import DecodeContext
+from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation, SwiGLU, rms_norm
 from afd.model.linear import Linear, make_linear
 from afd.model.moe import Experts
@@ -49,6 +50,9 @@ class Ops(Protocol):
     def decode_attention(self, q: Tensor, keys: Tensor, values: Tensor, context: DecodeContext) -> Tensor:
         """[S, H, d] of q [S, H, d]: attention of one token of each sequence to its context."""
 
+    def prefill_attention(self, q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
+        """[T, H, d] of q [T, H, d]: attention of one chunk's T tokens to what is before them, and themselves."""
+
 
 class TorchOps:
     """Runs everywhere, in every dtype."""
@@ -80,6 +84,12 @@ class TorchOps:
         k, v = keys.index_select(0, slots).view(shape), values.index_select(0, slots).view(shape)  # [S, L, d]
         scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))  # [S, H, L]
         return torch.bmm(scores.masked_fill_(context.is_padding, float("-inf")).softmax(dim=-1), v)
+
+    def prefill_attention(self, q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
+        k, v = keys.index_select(0, chunk.slots), values.index_select(0, chunk.slots)  # [L, d]
+        heads = (1, q.shape[1], -1, -1)
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k.expand(heads), v.expand(heads), chunk.mask)
+        return out[0].transpose(0, 1)
 
 
 def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> SwiGLU:

@@ -103,12 +103,11 @@ class MicrobatchBuilder:
         return DecodeContext(blocks * self.block_size + positions % self.block_size, lengths)
 
     def _prefill_chunk(self, sequence: Sequence, row: int, start: int, stop: int) -> PrefillChunk:
-        positions = torch.arange(stop, device=self.device)
         return PrefillChunk(
             start=row,
             stop=row + stop - start,
-            context_slots=self._tensor(self._slots(sequence.block_table, 0, stop)),
-            mask=positions <= positions[start:, None],
+            slots=self._tensor(self._slots(sequence.block_table, 0, stop)),
+            lengths=torch.arange(start + 1, stop + 1, device=self.device),
         )
 
     def _tensor(self, values: Items[int] | Items[Items[int]]) -> Tensor:
