@@ -79,6 +79,9 @@ class StubEndpoint:
         arrived, self.arriving = self.arriving, []
         return arrived
 
+    def drop(self, frame_id: int) -> None:
+        self.awaited.discard(frame_id)
+
     def awaits(self, frame: Frame) -> bool:
         return frame.frame_id in self.awaited
 

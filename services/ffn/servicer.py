@@ -136,15 +136,15 @@ class _Pair:
 
     def _take(self, endpoint: Endpoint, request: pb.ConnectRequest) -> None:
         kind = request.WhichOneof("message")
-        if not isinstance(endpoint, InlineEndpoint) or kind not in ("frame", "drop_frame"):
-            endpoint.refuse(0, InvalidRequest("a frame was expected"))
-        elif kind == "drop_frame":
+        if kind == "drop_frame":
             endpoint.drop(request.drop_frame.frame_id)
-        else:
+        elif kind == "frame" and isinstance(endpoint, InlineEndpoint):
             try:
                 endpoint.put(request.frame)
             except InvalidRequest as error:
                 endpoint.refuse(request.frame.frame_id, error)
+        else:
+            endpoint.refuse(0, InvalidRequest("a frame was expected"))
 
     def _slot_shape(self) -> SlotShape:
         hello, config = self.hello, self.servicer.rules.config
