@@ -37,14 +37,16 @@ from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 from services.ffn.batcher import Batcher
 from services.ffn.servicer import FfnServicer
-from tests.conftest import Model
+from tests.conftest import Model, needs_nixl
 
 CPU = torch.device("cpu")
 MAX_FRAME_TOKENS = 64
 NUM_SLOTS = 3
 SPIN_S = 0.001
 
-each_transport = pytest.mark.parametrize("kind", list(LADDER))
+each_transport = pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=needs_nixl if name == "nixl" else ()) for name in LADDER]
+)
 
 
 @dataclass
@@ -333,25 +335,49 @@ async def test_slots_that_cannot_be_are_refused_in_the_handshake(
             await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
 
 
-@pytest.mark.parametrize("failing", ["shm", "inline"])
-async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
-    model: Model, monkeypatch: pytest.MonkeyPatch, failing: TransportName
-) -> None:
-    def fail(name: TransportName, *others: Any) -> Rung:
-        if name == failing:
+def lost_probe(monkeypatch: pytest.MonkeyPatch, losing: TransportName) -> None:
+    def probe(name: TransportName, *others: Any) -> Rung:
+        if name == losing:
             raise PeerUnavailable("lost")
         return Rung(name)
 
-    monkeypatch.setattr("afd.handoff.negotiate.probe", fail)
+    monkeypatch.setattr("afd.handoff.negotiate.probe", probe)
+
+
+async def until_no_pair_is_left(shard: Shard) -> None:
+    async with asyncio.timeout(5):
+        while shard.servicer.num_streams or shard.servicer.batcher.endpoints:
+            await asyncio.sleep(0.01)
+
+
+async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost_probe(monkeypatch, "inline")
     async with running_shard(model) as shard:
         frames = shard.frames()
         with pytest.raises(PeerUnavailable, match="lost"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert isinstance(frames.region, SharedRegion)
         frames.region.unlink()
-        async with asyncio.timeout(5):
-            while shard.servicer.num_streams or shard.servicer.batcher.endpoints:
-                await asyncio.sleep(0.01)
+        await until_no_pair_is_left(shard)
+
+
+@pytest.mark.parametrize("losing", ["shm", pytest.param("nixl", marks=needs_nixl)])
+async def test_transport_whose_probe_stays_away_is_passed_over(
+    model: Model, monkeypatch: pytest.MonkeyPatch, losing: TransportName
+) -> None:
+    lost_probe(monkeypatch, losing)
+    async with running_shard(model) as shard:
+        frames = shard.frames()
+        with pytest.raises(ConfigError, match=f"AFD_HANDOFF={losing} cannot be had .*: lost"):
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, losing, SPIN_S)
+        transport, _ = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
+        assert transport.name != losing
+        transport.close()
+        assert isinstance(frames.region, SharedRegion)
+        frames.region.unlink()
+        await until_no_pair_is_left(shard)
 
 
 async def test_stream_without_a_hello_is_refused(model: Model) -> None:
@@ -504,7 +530,7 @@ async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
         with pytest.raises(ConfigError, match=r"AFD_HANDOFF=shm cannot be had .* cannot open .* another host"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm", SPIN_S)
         transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
-        assert (transport.name, rung.transport) == ("inline", "inline")
+        assert transport.name == rung.transport != "shm"
         transport.close()
         monkeypatch.undo()
         assert isinstance(frames.region, SharedRegion)
@@ -597,10 +623,7 @@ async def test_peer_that_leaves_is_detached(model: Model, kind: TransportName) -
             while shard.servicer.num_streams == 0:
                 await asyncio.sleep(0.01)
         pair.close()
-        async with asyncio.timeout(5):
-            while shard.servicer.num_streams:
-                await asyncio.sleep(0.01)
-        assert shard.servicer.batcher.endpoints == ()
+        await until_no_pair_is_left(shard)
 
 
 @each_transport
