@@ -123,9 +123,9 @@ class Shard:
             max_tokens=MAX_FRAME_TOKENS,
         )
 
-    def frames(self, frame_dtype: torch.dtype = torch.float32) -> FrameSlots:
+    def shape(self, frame_dtype: torch.dtype = torch.float32) -> SlotShape:
         config = self.checkpoint.config
-        shape = SlotShape(
+        return SlotShape(
             NUM_SLOTS,
             MAX_FRAME_TOKENS,
             config.hidden_size,
@@ -134,6 +134,9 @@ class Shard:
             frame_dtype,
             torch.bfloat16 if frame_dtype is FP8 else torch.float32,
         )
+
+    def frames(self, frame_dtype: torch.dtype = torch.float32) -> FrameSlots:
+        shape = self.shape(frame_dtype)
         return FrameSlots(SharedRegion(NUM_SLOTS * shape.frame_stride), shape)
 
     async def connect(

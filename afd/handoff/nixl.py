@@ -63,6 +63,7 @@ class NixlLink:
         """`role` and `peer` say in errors who this side and the other one are. Raises TransportUnavailable if this
         side has no NIXL."""
         nixl = _load_nixl(role)
+        self._role = role
         self._peer = peer
         self._errors = _errors(nixl)
         self._stride = outgoing.bytes.nbytes // num_slots
@@ -88,13 +89,17 @@ class NixlLink:
     def connect(self, peer: pb.NixlOffer) -> None:
         """Raises TransportUnavailable unless the other side offers registered memory for what this side writes."""
         if peer.version != self.offer.version:
-            raise TransportUnavailable(f"NIXL differs: {self.offer.version} here, {peer.version} on the other side")
+            raise TransportUnavailable(
+                f"NIXL differs: the {self._role} has {self.offer.version}, {self._peer} has {peer.version or 'none'}"
+            )
         if peer.num_bytes != self._outgoing.bytes.nbytes:
             raise TransportUnavailable(
                 f"the offered memory has {peer.num_bytes} bytes, not {self._outgoing.bytes.nbytes}"
             )
         self._peer_address = peer.address
         try:
+            if peer.address + peer.num_bytes >= 1 << 64:  # NIXL's own check runs over
+                raise RuntimeError("it ends beyond all addresses")
             self._peer_agent = self._agent.add_remote_agent(peer.metadata)
             self._agent.prep_xfer_dlist(self._peer_agent, [(peer.address, peer.num_bytes, 0)], _HOST).release()
         except self._errors as error:
