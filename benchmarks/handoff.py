@@ -55,6 +55,7 @@ _ECHO = "/benchmarks.Echo/Echo"
 _FFN_STARTS_S = 60.0
 _FFN_STOPS_S = 10.0
 _ANSWER_TIMEOUT_S = 10.0
+_LONGEST_STREAM_S = 600.0
 _NUM_WARM_UPS = 20
 
 
@@ -91,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """Microseconds."""
+    """One way of one payload."""
 
     payload: str
     way: str
@@ -131,7 +132,7 @@ async def _serve(payload: Payload, model_dir: Path, plan: Plan, pipe: Connection
 
     def add_services(server: grpc.aio.Server) -> None:
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
-        echo = grpc.stream_stream_rpc_method_handler(_echo)
+        echo: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(_echo)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("benchmarks.Echo", {"Echo": echo}),))
 
     async with serving(add_services, (), "127.0.0.1", 0) as port:
@@ -172,7 +173,9 @@ def transport_way(
     name: TransportName, payload: Payload, checkpoint: Checkpoint, address: str, plan: Plan
 ) -> Iterator[RoundTrip]:
     """Probe frames of the payload over a transport. Raises TransportUnavailable."""
-    frames = _frame_slots(payload, checkpoint)
+    shape = SlotShape(1, payload.num_tokens, payload.hidden_size, checkpoint.config.top_k, DTYPE, DTYPE, DTYPE)
+    region = SharedRegion(shape.frame_stride)
+    frames = FrameSlots(region, shape)
     hello = pb.Hello(
         replica_id="benchmark",
         topology=topology(checkpoint.config, checkpoint.fingerprint, DTYPE, 0, 1),
@@ -184,7 +187,7 @@ def transport_way(
     try:
         transport = LADDER[name](address, hello, frames, plan.spin_us / 1e6)
     finally:
-        frames.region.unlink()
+        region.unlink()
     ids = itertools.count(1)
     frame = Frame(0, 0, 0, _tensor(payload), None, is_probe=True)
 
@@ -200,17 +203,13 @@ def transport_way(
         transport.close()
 
 
-def _frame_slots(payload: Payload, checkpoint: Checkpoint) -> FrameSlots:
-    shape = SlotShape(1, payload.num_tokens, payload.hidden_size, checkpoint.config.top_k, DTYPE, DTYPE, DTYPE)
-    return FrameSlots(SharedRegion(shape.frame_stride), shape)
-
-
 @contextlib.contextmanager
 def grpc_way(payload: Payload, address: str) -> Iterator[RoundTrip]:
     message = bytes(payload.num_bytes)
     outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        echoes = channel.stream_stream(_ECHO)(iter(outbox.get, None), timeout=600)
+        echo: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_ECHO)
+        echoes = echo(iter(outbox.get, None), timeout=_LONGEST_STREAM_S)
 
         def round_trip() -> None:
             outbox.put(message)

@@ -15,7 +15,8 @@ from afd.errors import ConfigError, InvalidRequest, PeerUnavailable, TransportUn
 from afd.handoff.control import ControlStream
 from afd.handoff.frame import FrameRules, Timing
 from afd.handoff.negotiate import connect_pair
-from afd.handoff.nixl import NixlEndpoint, NixlLink, NixlTransport
+from afd.handoff.nixl import NixlEndpoint, NixlTransport
+from afd.handoff.nixl_link import NixlLink
 from afd.handoff.slots import FrameSlots, Region
 from afd.v1 import ffn_pb2 as pb
 from tests.conftest import Model, needs_nixl
@@ -31,7 +32,7 @@ def model(make_model: Callable[[int], Model]) -> Model:
 
 @pytest.fixture
 def no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afd.handoff.nixl._MODULES", ("nixl_of_nowhere",))
+    monkeypatch.setattr("afd.handoff.nixl_link._MODULES", ("nixl_of_nowhere",))
 
 
 def region(num_bytes: int = NUM_BYTES) -> Region:
@@ -60,7 +61,7 @@ async def test_ffn_without_nixl_says_so(model: Model, no_nixl: None) -> None:
     async with running_shard(model) as shard:
         hello = shard.hello()
         hello.nixl.SetInParent()
-        with pytest.raises(TransportUnavailable, match="the FFN has no NIXL .*: pip install"):
+        with pytest.raises(TransportUnavailable, match=r"the FFN has no NIXL .*: pip install"):
             await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
 
 
