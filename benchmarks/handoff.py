@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from afd.compute import ComputeThread
 from afd.errors import TransportUnavailable
 from afd.handoff.frame import Frame
 from afd.handoff.handshake import topology
@@ -122,7 +123,7 @@ async def _serve(payload: Payload, model_dir: Path, plan: Plan, pipe: Connection
     checkpoint = Checkpoint(model_dir)
     shard = load_ffn_shard(checkpoint, 0, 1, DTYPE, CPU, lambda done, total: None)
     batcher = Batcher(shard, payload.num_tokens, plan.spin_us / 1e6, CPU)
-    batcher.start()
+    batcher.start(ComputeThread())
     welcome = pb.Welcome(
         replica_id="ffn",
         topology=topology(checkpoint.config, checkpoint.fingerprint, DTYPE, 0, 1),
