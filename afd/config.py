@@ -110,8 +110,8 @@ class AttentionSettings(ComputeSettings):
         description="parts of the batch that cross the layers independently, or auto: as many as make steps shortest, "
         "up to 4, found by trying; without FFN shards it is 1",
     )
-    handoff: Literal["auto", "shm", "inline"] = Field(
-        "auto", description="how tensors cross: shm or inline and nothing else, or the fastest that a pair has"
+    handoff: Literal["auto", "nixl", "shm", "inline"] = Field(
+        "auto", description="how tensors cross: nixl, shm or inline and nothing else, or the fastest that a pair has"
     )
     handoff_dtype: Literal["model", "fp8"] = Field(
         "model", description="of tensors on their way: the model's, or fp8 to the FFN and bfloat16 back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import shutil
@@ -26,6 +27,9 @@ os.environ.setdefault("AFD_LOG_LEVEL", "warning")
 torch.set_num_threads(1)
 
 LOGPROB_BOUND = 1e-4
+
+HAS_NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
+needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")
 
 
 @dataclass(frozen=True)

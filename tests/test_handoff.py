@@ -18,7 +18,7 @@ import torch
 
 from afd.compute import ComputeThread
 from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
-from afd.handoff.bell import Bell
+from afd.handoff.bell import Bell, pause
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8
 from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
@@ -37,14 +37,16 @@ from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 from services.ffn.batcher import Batcher
 from services.ffn.servicer import FfnServicer
-from tests.conftest import Model
+from tests.conftest import Model, needs_nixl
 
 CPU = torch.device("cpu")
 MAX_FRAME_TOKENS = 64
 NUM_SLOTS = 3
 SPIN_S = 0.001
 
-each_transport = pytest.mark.parametrize("kind", list(LADDER))
+each_transport = pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=needs_nixl if name == "nixl" else ()) for name in LADDER]
+)
 
 
 @dataclass
@@ -78,6 +80,9 @@ class StubEndpoint:
     def poll(self) -> list[Frame]:
         arrived, self.arriving = self.arriving, []
         return arrived
+
+    def drop(self, frame_id: int) -> None:
+        self.awaited.discard(frame_id)
 
     def awaits(self, frame: Frame) -> bool:
         return frame.frame_id in self.awaited
@@ -118,9 +123,9 @@ class Shard:
             max_tokens=MAX_FRAME_TOKENS,
         )
 
-    def frames(self, frame_dtype: torch.dtype = torch.float32) -> FrameSlots:
+    def shape(self, frame_dtype: torch.dtype = torch.float32) -> SlotShape:
         config = self.checkpoint.config
-        shape = SlotShape(
+        return SlotShape(
             NUM_SLOTS,
             MAX_FRAME_TOKENS,
             config.hidden_size,
@@ -129,6 +134,9 @@ class Shard:
             frame_dtype,
             torch.bfloat16 if frame_dtype is FP8 else torch.float32,
         )
+
+    def frames(self, frame_dtype: torch.dtype = torch.float32) -> FrameSlots:
+        shape = self.shape(frame_dtype)
         return FrameSlots(SharedRegion(NUM_SLOTS * shape.frame_stride), shape)
 
     async def connect(
@@ -330,25 +338,49 @@ async def test_slots_that_cannot_be_are_refused_in_the_handshake(
             await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
 
 
-@pytest.mark.parametrize("failing", ["shm", "inline"])
-async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
-    model: Model, monkeypatch: pytest.MonkeyPatch, failing: TransportName
-) -> None:
-    def fail(name: TransportName, *others: Any) -> Rung:
-        if name == failing:
+def lost_probe(monkeypatch: pytest.MonkeyPatch, losing: TransportName) -> None:
+    def probe(name: TransportName, *others: Any) -> Rung:
+        if name == losing:
             raise PeerUnavailable("lost")
         return Rung(name)
 
-    monkeypatch.setattr("afd.handoff.negotiate.probe", fail)
+    monkeypatch.setattr("afd.handoff.negotiate.probe", probe)
+
+
+async def until_no_pair_is_left(shard: Shard) -> None:
+    async with asyncio.timeout(5):
+        while shard.servicer.num_streams or shard.servicer.batcher.endpoints:
+            await asyncio.sleep(0.01)
+
+
+async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost_probe(monkeypatch, "inline")
     async with running_shard(model) as shard:
         frames = shard.frames()
         with pytest.raises(PeerUnavailable, match="lost"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert isinstance(frames.region, SharedRegion)
         frames.region.unlink()
-        async with asyncio.timeout(5):
-            while shard.servicer.num_streams or shard.servicer.batcher.endpoints:
-                await asyncio.sleep(0.01)
+        await until_no_pair_is_left(shard)
+
+
+@pytest.mark.parametrize("losing", ["shm", pytest.param("nixl", marks=needs_nixl)])
+async def test_transport_whose_probe_stays_away_is_passed_over(
+    model: Model, monkeypatch: pytest.MonkeyPatch, losing: TransportName
+) -> None:
+    lost_probe(monkeypatch, losing)
+    async with running_shard(model) as shard:
+        frames = shard.frames()
+        with pytest.raises(ConfigError, match=f"AFD_HANDOFF={losing} cannot be had .*: lost"):
+            await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, losing, SPIN_S)
+        transport, _ = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
+        assert transport.name != losing
+        transport.close()
+        assert isinstance(frames.region, SharedRegion)
+        frames.region.unlink()
+        await until_no_pair_is_left(shard)
 
 
 async def test_stream_without_a_hello_is_refused(model: Model) -> None:
@@ -501,7 +533,7 @@ async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
         with pytest.raises(ConfigError, match=r"AFD_HANDOFF=shm cannot be had .* cannot open .* another host"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm", SPIN_S)
         transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
-        assert (transport.name, rung.transport) == ("inline", "inline")
+        assert transport.name == rung.transport != "shm"
         transport.close()
         monkeypatch.undo()
         assert isinstance(frames.region, SharedRegion)
@@ -537,6 +569,14 @@ def test_sweep_removes_what_a_killed_process_left_and_nothing_else() -> None:
     assert old.name not in names
     assert young.name in names
     young.unlink()
+
+
+def test_what_nobody_rings_for_is_looked_at_again_after_a_share_of_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr("afd.handoff.bell.time.sleep", naps.append)
+    for waited_s in (0.0001, 0.001, 0.004, 100.0):
+        pause(waited_s, 50e-6, [None], longest_s=0.0009)
+    assert naps == [0.000125, 0.0005, 0.0009]
 
 
 async def test_dropped_frame_is_not_computed(model: Model) -> None:
@@ -594,10 +634,7 @@ async def test_peer_that_leaves_is_detached(model: Model, kind: TransportName) -
             while shard.servicer.num_streams == 0:
                 await asyncio.sleep(0.01)
         pair.close()
-        async with asyncio.timeout(5):
-            while shard.servicer.num_streams:
-                await asyncio.sleep(0.01)
-        assert shard.servicer.batcher.endpoints == ()
+        await until_no_pair_is_left(shard)
 
 
 @each_transport

@@ -13,8 +13,9 @@ import pytest
 
 from afd import Client, Token
 from afd.errors import PeerUnavailable
+from afd.handoff.shm import DIRECTORY
 from afd.mesh import Mesh, Service
-from tests.conftest import Model, StartMesh
+from tests.conftest import Model, StartMesh, needs_nixl
 
 PROMPT = [5, 6, 7]
 
@@ -57,6 +58,31 @@ def test_request_survives_a_lost_ffn_shard_that_comes_back(
 
         tokens = asyncio.run(generate(mesh, 60, {20: lose_a_shard}))
     model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+@pytest.mark.parametrize("handoff", [pytest.param("nixl", marks=needs_nixl), "shm"])
+def test_kill_9_of_either_side_leaves_nothing_in_shared_memory(
+    make_model: Callable[[int], Model], start_mesh: StartMesh, handoff: str
+) -> None:
+    model, before = make_model(4), set(DIRECTORY.iterdir())
+    with start_mesh(model.path, 1, 1, lease_s=1, handoff=handoff) as mesh:
+
+        def lose_the_ffn() -> None:
+            kill(mesh, "ffn-0")
+            mesh.watch()
+
+        tokens = asyncio.run(generate(mesh, 40, {10: lose_the_ffn}))
+        model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+        kill(mesh, "attention-0")
+        mesh.watch()
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert len(asyncio.run(generate(mesh, 5, {}))) == 5
+                break
+            except PeerUnavailable:
+                assert time.monotonic() < deadline
+        assert set(DIRECTORY.iterdir()) == before
 
 
 def test_mesh_goes_on_after_its_embedded_redis_was_killed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable
 
@@ -11,9 +12,20 @@ import torch
 
 from afd import Client
 from afd.bench import counters
-from tests.conftest import Model, StartMesh, wait_for_zero
+from tests.conftest import Model, StartMesh, needs_nixl, wait_for_zero
 
 TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (1, 2), (2, 3)]
+
+# How frames cross, attention replicas, FFN shards, microbatches.
+CROSSINGS = list(itertools.product(("nixl", "shm", "inline"), ((1, 1), (2, 1), (1, 3), (3, 2)), (1, 2, 3, 4)))
+SOME_CROSSINGS = [  # every value of each, beside those of the tests above, where shm is what is negotiated
+    ("nixl", (1, 1), 1),
+    ("nixl", (2, 1), 3),
+    ("nixl", (1, 3), 2),
+    ("nixl", (3, 2), 4),
+    ("shm", (1, 3), 4),
+    ("inline", (2, 1), 1),
+]
 
 
 async def ask(client: Client, model: Model, length: int, max_tokens: int, seed: int) -> None:
@@ -52,6 +64,25 @@ def test_tokens_equal_the_oracle_while_auto_tries_numbers_of_microbatches(
         asyncio.run(ask_many(mesh.gateway.address, model, 32))
         counted = counters(mesh)
     assert counted["afd_steps"] < counted["afd_microbatches"] < 4 * counted["afd_steps"]
+
+
+def marked(crossing: tuple[str, tuple[int, int], int]) -> object:
+    marks = [needs_nixl] if crossing[0] == "nixl" else []
+    return pytest.param(*crossing, marks=marks if crossing in SOME_CROSSINGS else [*marks, pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("handoff", "topology", "microbatches"), [marked(crossing) for crossing in CROSSINGS])
+def test_tokens_equal_the_oracle_over_every_transport(
+    make_model: Callable[[int], Model],
+    start_mesh: StartMesh,
+    handoff: str,
+    topology: tuple[int, int],
+    microbatches: int,
+) -> None:
+    model = make_model(10 + topology[1])
+    settings = {"handoff": handoff, "microbatches": microbatches, "prefill_chunk_tokens": 48}
+    with start_mesh(model.path, *topology, **settings) as mesh:
+        asyncio.run(ask_many(mesh.gateway.address, model, 16))
 
 
 @pytest.mark.gpu

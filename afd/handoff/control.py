@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -32,10 +32,11 @@ class Arrival:
 class ControlStream:
     """Used by one thread; another one reads the stream behind it."""
 
-    def __init__(self, address: str, hello: pb.Hello, spin_s: float, bell: Bell | None = None) -> None:
+    def __init__(self, address: str, hello: pb.Hello, spin_s: float, bells: Sequence[Bell | None] = ()) -> None:
         """Connects and shakes hands. Raises PeerUnavailable, Mismatch naming what differs, or TransportUnavailable.
 
-        `bell` rings for what comes outside the stream; spin_s is how long to look out for it before sleeping.
+        `bells` ring for what comes outside the stream, None if nobody rings; spin_s is how long to look out for it
+        before sleeping.
         """
         self.address = address
         self.spin_s = spin_s
@@ -43,7 +44,7 @@ class ControlStream:
         self._refusals: dict[int, str] = {}
         self._error: AfdError | None = None
         self._stream_bell = Bell.private()
-        self._bells = [self._stream_bell] if bell is None else [self._stream_bell, bell]
+        self._bells = [self._stream_bell, *bells]
         self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         self._welcomes: queue.SimpleQueue[pb.Welcome] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -51,10 +52,14 @@ class ControlStream:
         self._stream = ffn_pb2_grpc.FfnServiceStub(self._channel).Connect(self._requests())
         threading.Thread(target=self._read, name=f"handoff {address}", daemon=True).start()
         try:
-            self._shake_hands(hello)
+            self.welcome = self._shake_hands(hello)
         except AfdError:
             self.close()
             raise
+
+    @property
+    def is_lost(self) -> bool:
+        return self._error is not None
 
     def put(self, request: pb.ConnectRequest) -> None:
         self._outbox.put(request)
@@ -111,7 +116,7 @@ class ControlStream:
             self._welcomes.put(response.welcome)
         self._stream_bell.ring()
 
-    def _shake_hands(self, hello: pb.Hello) -> None:
+    def _shake_hands(self, hello: pb.Hello) -> pb.Welcome:
         try:
             self.wait(lambda: not self._welcomes.empty(), 0, HANDSHAKE_TIMEOUT_S)
         except InternalError as error:
@@ -120,3 +125,4 @@ class ControlStream:
         refuse_mismatch(hello.topology, welcome.topology)
         if welcome.declined:
             raise TransportUnavailable(welcome.declined)
+        return welcome

@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 
-from afd.errors import AfdError, ConfigError, InternalError, TransportUnavailable
+from afd.errors import AfdError, ConfigError, InternalError, PeerUnavailable, TransportUnavailable
 from afd.handoff.frame import Frame
 from afd.handoff.inline import InlineTransport
+from afd.handoff.nixl import NixlTransport
 from afd.handoff.remote import Transport
 from afd.handoff.shm import ShmTransport
 from afd.handoff.slots import FrameSlots
@@ -21,8 +22,9 @@ from afd.v1 import ffn_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-TransportName = Literal["shm", "inline"]
+TransportName = Literal["nixl", "shm", "inline"]
 LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots, float], Transport]] = {
+    "nixl": NixlTransport,
     "shm": ShmTransport,
     "inline": InlineTransport,
 }
@@ -62,7 +64,7 @@ def connect_pair(
     usable: list[tuple[Transport, Rung]] = []
     best: tuple[Transport, Rung] | None = None
     try:
-        for name in LADDER:
+        for name in reversed(LADDER):  # nixl last: an FFN that naps for its pair would hear another one's bell late
             if wanted in (name, "auto"):
                 transport, rung = climb(name, address, hello, frames, spin_s)
                 log.debug("handoff to %s over %s", address, rung)
@@ -90,12 +92,19 @@ def climb(
         return None, Rung(name, reason=str(error))
     try:
         return transport, probe(name, transport, frames)
-    except InternalError as error:
+    except AfdError as error:
+        another_may_do = _another_may_do(transport, error)
         transport.close()
+        if not another_may_do:
+            raise
         return None, Rung(name, reason=str(error))
-    except AfdError:
-        transport.close()
-        raise
+
+
+def _another_may_do(transport: Transport, error: AfdError) -> bool:
+    """The probe came back changed, or not at all while the stream stands and it moved outside of it."""
+    if isinstance(error, PeerUnavailable):
+        return not transport.control.is_lost and not isinstance(transport, InlineTransport)
+    return isinstance(error, InternalError)
 
 
 def probe(name: TransportName, transport: Transport, frames: FrameSlots) -> Rung:

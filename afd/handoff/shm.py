@@ -139,7 +139,7 @@ class ShmTransport:
                     answer_bell_name=answer_bell,
                 )
             )
-            self.control = ControlStream(address, hello, spin_s, _make_bell(answer_bell))
+            self.control = ControlStream(address, hello, spin_s, [_make_bell(answer_bell)])
         finally:
             for name in (answers.name, frame_bell, answer_bell):
                 (DIRECTORY / name).unlink(missing_ok=True)
@@ -192,6 +192,9 @@ class ShmEndpoint:
                 except InvalidRequest as error:
                     self.refuse(frame_id, error)
         return arrived
+
+    def drop(self, frame_id: int) -> None:
+        """The frame was withdrawn from its slot."""
 
     def awaits(self, frame: Frame) -> bool:
         return self.frames.posted(frame.slot) == frame.frame_id

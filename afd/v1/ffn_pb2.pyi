@@ -49,7 +49,7 @@ class Topology(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("replica_id", "topology", "frame_dtype", "output_dtype", "num_slots", "max_tokens", "shm")
+    __slots__ = ("replica_id", "topology", "frame_dtype", "output_dtype", "num_slots", "max_tokens", "shm", "nixl")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     FRAME_DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Hello(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     topology: Topology
     frame_dtype: _tensor_pb2.Dtype
@@ -64,7 +65,8 @@ class Hello(_message.Message):
     num_slots: int
     max_tokens: int
     shm: ShmOffer
-    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., frame_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., output_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., num_slots: _Optional[int] = ..., max_tokens: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ...) -> None: ...
+    nixl: NixlOffer
+    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., frame_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., output_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., num_slots: _Optional[int] = ..., max_tokens: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("frames_name", "answers_name", "frame_bell_name", "answer_bell_name")
@@ -78,17 +80,31 @@ class ShmOffer(_message.Message):
     answer_bell_name: str
     def __init__(self, frames_name: _Optional[str] = ..., answers_name: _Optional[str] = ..., frame_bell_name: _Optional[str] = ..., answer_bell_name: _Optional[str] = ...) -> None: ...
 
+class NixlOffer(_message.Message):
+    __slots__ = ("version", "metadata", "address", "num_bytes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    metadata: bytes
+    address: int
+    num_bytes: int
+    def __init__(self, version: _Optional[str] = ..., metadata: _Optional[bytes] = ..., address: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
 class Welcome(_message.Message):
-    __slots__ = ("replica_id", "topology", "max_frame_tokens", "declined")
+    __slots__ = ("replica_id", "topology", "max_frame_tokens", "declined", "nixl")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECLINED_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     topology: Topology
     max_frame_tokens: int
     declined: str
-    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., declined: _Optional[str] = ...) -> None: ...
+    nixl: NixlOffer
+    def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., declined: _Optional[str] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe")

@@ -96,7 +96,7 @@ class FfnConnector:
         num_bytes = shape.num_slots * shape.frame_stride
         region: Region
         try:
-            region = Region.private(num_bytes) if wanted == "inline" else SharedRegion(num_bytes)
+            region = SharedRegion(num_bytes) if wanted in ("shm", "auto") else Region.private(num_bytes)
         except TransportUnavailable as error:
             if wanted == "shm":
                 raise ConfigError(f"AFD_HANDOFF=shm cannot be had: {error}") from None

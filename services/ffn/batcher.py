@@ -30,10 +30,15 @@ _NO_WORK_S = 1.0
 class Endpoint(Protocol):
     """The FFN side of an attention-FFN pair, whatever its transport."""
 
-    bell: Bell  # rings when there may be something to poll
+    @property
+    def bell(self) -> Bell | None:
+        """Rings when there may be something to poll; None if nobody rings, and it has to be looked at."""
 
     def poll(self) -> list[Frame]:
         """What has arrived since the last look, checked. What is wrong with a frame is told to its sender."""
+
+    def drop(self, frame_id: int) -> None:
+        """The sender says so in the stream: it no longer wants the answer. Called on the network's thread."""
 
     def awaits(self, frame: Frame) -> bool:
         """Whether the sender still wants the answer."""
@@ -138,6 +143,7 @@ class Batcher:
             for frame in endpoint.poll():
                 if frame.is_probe:
                     _echo(endpoint, frame)
+                    self._worked_at = time.monotonic()
                 else:
                     self._queue.append(QueuedFrame(endpoint, frame, time.perf_counter_ns()))
         awaited = [

@@ -16,6 +16,7 @@ from afd.handoff.fp8 import FP8
 from afd.handoff.frame import FrameRules
 from afd.handoff.handshake import refuse_mismatch
 from afd.handoff.inline import InlineEndpoint
+from afd.handoff.nixl import NixlEndpoint
 from afd.handoff.shm import ShmEndpoint
 from afd.handoff.slots import SlotShape
 from afd.handoff.tensors import dtype_from_proto
@@ -45,9 +46,9 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
             try:
                 endpoint = await pair.make_endpoint()
             except TransportUnavailable as reason:
-                yield pb.ConnectResponse(welcome=self._welcome(declined=str(reason)))
+                yield self._welcome(pb.Welcome(declined=str(reason)))
                 return
-            yield pb.ConnectResponse(welcome=self.welcome)
+            yield self._welcome(pb.Welcome(nixl=endpoint.offer if isinstance(endpoint, NixlEndpoint) else None))
             log.info(
                 "attention replica %s connected over %s", hello.replica_id, hello.WhichOneof("transport") or "inline"
             )
@@ -84,10 +85,9 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
         refuse_mismatch(first.hello.topology, self.welcome.topology)
         return first.hello
 
-    def _welcome(self, declined: str) -> pb.Welcome:
-        welcome = pb.Welcome(declined=declined)
+    def _welcome(self, welcome: pb.Welcome) -> pb.ConnectResponse:
         welcome.MergeFrom(self.welcome)
-        return welcome
+        return pb.ConnectResponse(welcome=welcome)
 
 
 class _Pair:
@@ -104,6 +104,8 @@ class _Pair:
         rules, shape = self.servicer.rules, self._slot_shape()
         if self.hello.HasField("shm"):
             return await asyncio.to_thread(ShmEndpoint, self.hello, self.post, rules, shape)
+        if self.hello.HasField("nixl"):
+            return await asyncio.to_thread(NixlEndpoint, self.hello, self.post, self.hang_up, rules, shape)
         return InlineEndpoint(self.post, rules, shape)
 
     @contextlib.asynccontextmanager
@@ -124,6 +126,13 @@ class _Pair:
         """Called on any thread."""
         if response.WhichOneof("message") == "frame_error":
             self.servicer.num_frames_refused += 1
+        self._put(response)
+
+    def hang_up(self) -> None:
+        """Ends the stream; called on any thread."""
+        self._put(None)
+
+    def _put(self, response: pb.ConnectResponse | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to answer
             self._loop.call_soon_threadsafe(self.outbox.put_nowait, response)
 
@@ -136,15 +145,15 @@ class _Pair:
 
     def _take(self, endpoint: Endpoint, request: pb.ConnectRequest) -> None:
         kind = request.WhichOneof("message")
-        if not isinstance(endpoint, InlineEndpoint) or kind not in ("frame", "drop_frame"):
-            endpoint.refuse(0, InvalidRequest("a frame was expected"))
-        elif kind == "drop_frame":
+        if kind == "drop_frame":
             endpoint.drop(request.drop_frame.frame_id)
-        else:
+        elif kind == "frame" and isinstance(endpoint, InlineEndpoint):
             try:
                 endpoint.put(request.frame)
             except InvalidRequest as error:
                 endpoint.refuse(request.frame.frame_id, error)
+        else:
+            endpoint.refuse(0, InvalidRequest("a frame was expected"))
 
     def _slot_shape(self) -> SlotShape:
         hello, config = self.hello, self.servicer.rules.config

@@ -1,0 +1,151 @@
+"""The nixl transport: each side writes straight into memory that the other one has registered.
+
+Nothing can be slept on: whoever waits has to look, and what is under way moves on while somebody looks (docs/adr/0006).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable, TransportUnavailable
+from afd.handoff.control import ControlStream
+from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
+from afd.handoff.nixl_link import NixlLink
+from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape
+from afd.v1 import ffn_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class NixlTransport:
+    """The attention side of a pair."""
+
+    name = "nixl"
+
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
+        """Raises TransportUnavailable if one side has no NIXL, or they do not fit."""
+        shape = frames.shape
+        self.shape = shape
+        self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
+        self._answered = [0] * shape.num_slots
+        self._link = NixlLink(
+            "attention replica", f"the FFN at {address}", frames.region, self.answers.region, shape.num_slots
+        )
+        hello.nixl.CopyFrom(self._link.offer)
+        self.control = ControlStream(address, hello, spin_s, [None])
+        try:
+            self._link.connect(self.control.welcome.nixl)
+        except TransportUnavailable:
+            self.control.close()
+            raise
+
+    def send(self, frame: Frame) -> None:
+        self._link.write(frame.slot, self.shape.frame_bytes(frame.num_tokens), frame.frame_id)
+
+    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
+        self.control.wait(lambda: self._has_answer(frame), frame.frame_id, timeout_s)
+        try:
+            return self.answers.read(frame.slot, frame.num_tokens)
+        except InternalError as error:
+            raise InternalError(f"the FFN at {self.control.address}: {error}") from None
+
+    def drop(self, frame: Frame) -> None:
+        self.control.drop(frame.frame_id)
+
+    def close(self) -> None:
+        self.control.close()
+
+    def _has_answer(self, frame: Frame) -> bool:
+        for frame_id, slot in self._link.poll():
+            self._answered[slot] = frame_id
+        return self._answered[frame.slot] == frame.frame_id
+
+
+class NixlEndpoint:
+    """The FFN side of a pair. Made on the network's thread, then used by the batcher's."""
+
+    bell = None
+
+    def __init__(
+        self,
+        hello: pb.Hello,
+        post: Callable[[pb.ConnectResponse], None],
+        hang_up: Callable[[], None],
+        rules: FrameRules,
+        shape: SlotShape,
+    ) -> None:
+        """Raises TransportUnavailable if this side has no NIXL, or the two do not fit."""
+        self.post = post
+        self.hang_up = hang_up
+        self.rules = rules
+        self.shape = shape
+        self.frames = FrameSlots(Region.private(shape.num_slots * shape.frame_stride), shape)
+        self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
+        self._held = [0] * shape.num_slots
+        self._awaited: set[int] = set()
+        self._is_lost = False
+        self._link = NixlLink(
+            "FFN",
+            f"the attention replica {hello.replica_id}",
+            self.answers.region,
+            self.frames.region,
+            shape.num_slots,
+        )
+        self._link.connect(hello.nixl)
+        self.offer = self._link.offer
+
+    def poll(self) -> list[Frame]:
+        frames = [self._take(frame_id, slot) for frame_id, slot in self._notes()]
+        return [frame for frame in frames if frame is not None]
+
+    def drop(self, frame_id: int) -> None:
+        self._awaited.discard(frame_id)
+
+    def awaits(self, frame: Frame) -> bool:
+        return frame.frame_id in self._awaited
+
+    def buffer(self, frame: Frame) -> Tensor:
+        return self.answers.buffer(frame.slot, frame.num_tokens)
+
+    def reply(self, frame: Frame, ffn_output: Tensor, timing: Timing) -> None:
+        """ffn_output lies in the frame's buffer."""
+        self._awaited.discard(frame.frame_id)
+        self.answers.post(frame, timing)
+        try:
+            self._link.write(frame.slot, self.shape.answer_bytes(frame.num_tokens), frame.frame_id)
+        except PeerUnavailable as error:
+            self._give_up(error)
+
+    def refuse(self, frame_id: int, error: AfdError) -> None:
+        self._awaited.discard(frame_id)
+        self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))
+
+    def close(self) -> None:
+        """The agent goes with the last look at it, which may be the batcher's."""
+        self._awaited.clear()
+
+    def _notes(self) -> list[tuple[int, int]]:
+        try:
+            return [] if self._is_lost else self._link.poll()
+        except PeerUnavailable as error:
+            self._give_up(error)
+            return []
+
+    def _take(self, frame_id: int, slot: int) -> Frame | None:
+        self._awaited.discard(self._held[slot])
+        self._awaited.add(frame_id)
+        self._held[slot] = frame_id
+        try:
+            frame = self.frames.read(slot, self.rules)
+        except InvalidRequest as error:
+            self.refuse(frame_id, error)
+            return None
+        return frame if frame.frame_id == frame_id else None  # the slot's next one is on its way already
+
+    def _give_up(self, error: PeerUnavailable) -> None:
+        log.warning("%s", error)
+        self._is_lost = True
+        self.hang_up()
