@@ -67,7 +67,7 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         options = {name: str(value) for name, value in asdict(self.options).items() if name != "settings"}
-        return {"mesh": {**options, "threads": self.options.threads_each}, "rows": [asdict(row) for row in self.rows]}
+        return {"mesh": options, "rows": [asdict(row) for row in self.rows]}
 
 
 def run_bench(options: MeshOptions, loads: Sequence[Load], notes: Console) -> Results:
@@ -164,9 +164,10 @@ def report(results: Results) -> tuple[Table, Table, Table]:
 
 def _speeds(results: Results) -> Table:
     options = results.options
-    ffn = f"{options.ffn}F, {options.microbatches} microbatches" if options.ffn else " collocated"
+    ffn = f"{options.ffn}F, microbatches: {options.num_microbatches}" if options.ffn else " collocated"
     mesh = f"{options.attention}A{ffn}, {options.dtype}"
-    title = f"{options.model.name}: {mesh}, {options.threads_each} threads each"
+    cores = f"{options.threads} threads each" if options.threads else f"cores {options.cores}"
+    title = f"{options.model.name}: {mesh}, {cores}"
     table = _table(title, "streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms")
     for row in results.rows:
         times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)

@@ -47,12 +47,13 @@ def parse_microbatches(value: object) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def parse_cpus(value: object) -> object:
+def parse_cpus(value: object) -> frozenset[int]:
     """ "0,2-3" is processors 0, 2 and 3."""
-    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in str(value).split(",")]
-    if not all(parts):
-        return value
-    return frozenset(cpu for part in parts if part for cpu in range(int(part[1]), int(part[2] or part[1]) + 1))
+    parts = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part) for part in str(value).split(",")]
+    cpus = [cpu for part in parts if part for cpu in range(int(part[1]), int(part[2] or part[1]) + 1)]
+    if not all(parts) or not cpus:
+        raise ValueError("give processors like 0 or 0,2-3")
+    return frozenset(cpus)
 
 
 class ServiceSettings(BaseSettings):
