@@ -439,17 +439,24 @@ static void down(const void *arguments, long number) {
 }
 
 /* y [num_rows, size] = the sum of all parts of x. parts has 1 + num_experts; scratch has room, one after the other, for
-   [num_rows, size] sums, the weights and rows of all parts, and their hidden values. */
-void afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
-             const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch, bf16 *y) {
+   [num_rows, size] sums, the weights and rows of all parts, the ids, and the hidden values. Returns -1, and computes
+   nothing, for an expert that is none of all_experts. */
+long afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
+             long all_experts, const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch,
+             bf16 *y) {
     long num_pairs = num_rows * (1 + top_k), widest = 0;
     float *weights = scratch + num_rows * size;
-    int32_t *rows = (int32_t *)(weights + num_pairs);
-    group_rows(parts, num_experts, first_expert, num_rows, topk_ids, topk_weights, top_k, rows, weights,
-               (bf16 *)(rows + num_pairs));
+    int32_t *rows = (int32_t *)(weights + num_pairs), *ids = rows + num_pairs;
+    for (long i = 0; i < num_rows * top_k; i++) {
+        ids[i] = topk_ids[i]; /* another process can change its own while they are used here */
+        if (ids[i] < 0 || ids[i] >= all_experts) return -1;
+    }
+    group_rows(parts, num_experts, first_expert, num_rows, ids, topk_weights, top_k, rows, weights,
+               (bf16 *)(ids + num_rows * top_k));
     for (long p = 0; p <= num_experts; p++) widest = parts[p].width > widest ? parts[p].width : widest;
     long tasks_per_part = parts_of(widest / LANES, TASK_BLOCKS);
     Ffn arguments = {x, num_rows, size, parts, 1 + num_experts, tasks_per_part, scratch, y};
     run(gate_up, &arguments, (1 + num_experts) * tasks_per_part);
     run(down, &arguments, parts_of(size / LANES, TASK_BLOCKS));
+    return 0;
 }

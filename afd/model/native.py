@@ -97,11 +97,11 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
         "afd_rms_norm": [p, n, n, n, p, f, p],
         "afd_rotate_and_cache": [p, p, p, n, n, n, n, p, p, p, p, p],
         "afd_attention": [p, n, n, n, p, p, p, n, p, p],
-        "afd_ffn": [p, n, n, p, n, n, p, p, n, p, p],
+        "afd_ffn": [p, n, n, p, n, n, n, p, p, n, p, p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, n
     return library
 
 
@@ -165,9 +165,10 @@ class _Part(ctypes.Structure):
 class PackedFFN:
     """A layer's dense or shared FFN, and its routed experts from number `first` on; one call computes them all."""
 
-    def __init__(self, ops: NativeOps, parts: list[FFNWeights], first: int) -> None:
+    def __init__(self, ops: NativeOps, parts: list[FFNWeights], first: int, num_experts: int) -> None:
         self.ops = ops
         self.first = first
+        self.num_experts = num_experts
         self.weights = [(_pack_by_turns(part.gate, part.up), pack(part.down)) for part in parts]
         self.widths = [_padded(part.down.shape[1]) for part in parts]
         self._parts = (_Part * len(parts))(
@@ -181,23 +182,26 @@ class PackedFFN:
         num_rows, size = x.shape
         ids, weights = (routing.topk_ids, routing.topk_weights) if routing else (None, None)
         top_k = ids.shape[1] if ids is not None else 0
-        self.ops.library.afd_ffn(
+        is_unknown = self.ops.library.afd_ffn(
             x.data_ptr(),
             num_rows,
             size,
             self._parts,
             len(self.widths) - 1,
             self.first,
+            self.num_experts,
             ids.data_ptr() if ids is not None else None,
             weights.data_ptr() if weights is not None else None,
             top_k,
             self.ops.scratch(self._scratch_bytes(num_rows, size, top_k)),
             out.data_ptr(),
         )
+        if is_unknown and routing:
+            routing.checked(self.num_experts)
 
     def _scratch_bytes(self, num_rows: int, size: int, top_k: int) -> int:
         shared, routed = self.widths[0], max(self.widths[1:], default=0)
-        return num_rows * (4 * size + 8 * (1 + top_k) + 2 * (shared + top_k * routed))
+        return num_rows * (4 * size + 8 * (1 + top_k) + 4 * top_k + 2 * (shared + top_k * routed))
 
 
 class NativeOps:
@@ -217,11 +221,11 @@ class NativeOps:
         return PackedLinear(self.library, pack(weight), weight.shape[0])
 
     def dense_ffn(self, weights: FFNWeights) -> PackedFFN:
-        return PackedFFN(self, [weights], 0)
+        return PackedFFN(self, [weights], 0, 0)
 
-    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int) -> PackedFFN:
+    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int, num_experts: int) -> PackedFFN:
         routed = zip(experts.gate, experts.up, experts.down, strict=True)
-        return PackedFFN(self, [shared, *(FFNWeights(*weights) for weights in routed)], first)
+        return PackedFFN(self, [shared, *(FFNWeights(*weights) for weights in routed)], first, num_experts)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape) if out is None else out

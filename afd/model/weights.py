@@ -142,7 +142,11 @@ def load_ffn_shard(
                 experts = shard_slice(config.num_experts, shard, num_shards)
                 columns = shard_slice(config.share_expert_dim, shard, num_shards)
                 shared = reader.read_columns(prefix + "share_expert.", columns)
-                layers.append(ops.moe_ffn(shared, reader.read_experts(prefix + "moe.", experts), experts.start))
+                layers.append(
+                    ops.moe_ffn(
+                        shared, reader.read_experts(prefix + "moe.", experts), experts.start, config.num_experts
+                    )
+                )
             else:
                 columns = shard_slice(config.intermediate_size, shard, num_shards)
                 layers.append(ops.dense_ffn(reader.read_columns(prefix + "mlp.", columns)))
