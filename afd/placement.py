@@ -10,6 +10,7 @@ from typing import Any
 
 from afd.config import parse_cpus
 
+_SPIN_TURNS_US = 300  # about as long as the other side works, in case that it does on another core
 _SPIN_ALONE_US = 5000  # nobody else needs the core meanwhile
 
 
@@ -23,7 +24,8 @@ class Cores(StrEnum):
 
 @dataclass(frozen=True)
 class Placement:
-    """The cores of each attention replica and of each FFN shard."""
+    """The cores of each attention replica and of each FFN shard, in order: the thread that waits for the other side
+    keeps to the first one, so these differ where there are enough."""
 
     attention: list[Sequence[int]]
     ffn: list[Sequence[int]]
@@ -31,11 +33,12 @@ class Placement:
 
     @classmethod
     def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
+        are_enough = num_attention + num_ffn <= len(cpus)
         if cores is Cores.shared:
-            return cls(split(cpus, num_attention), split(cpus, num_ffn))
+            spin_us = _SPIN_TURNS_US if are_enough else None
+            return cls(split(cpus, num_attention), split(cpus[::-1], num_ffn), spin_us)
         parts = split(cpus, num_attention + num_ffn)
-        is_alone = len(cpus) >= len(parts)
-        return cls(parts[:num_attention], parts[num_attention:], _SPIN_ALONE_US if is_alone else None)
+        return cls(parts[:num_attention], parts[num_attention:], _SPIN_ALONE_US if are_enough else None)
 
     def settings(self, cpus: Sequence[int]) -> dict[str, Any]:
         """Of the process that has these cores."""
@@ -54,4 +57,4 @@ def split(cpus: Sequence[int], num_parts: int) -> list[Sequence[int]]:
 def usable_cpus() -> list[int]:
     """What AFD_CPUS leaves of this machine, or all of it. Raises ValueError for what names no processors."""
     wanted = os.environ.get("AFD_CPUS")
-    return sorted(parse_cpus(wanted) if wanted else os.sched_getaffinity(0))
+    return list(parse_cpus(wanted) if wanted else sorted(os.sched_getaffinity(0)))

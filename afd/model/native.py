@@ -44,14 +44,16 @@ class Unavailable(Exception):
     """Why there are no compiled kernels here."""
 
 
-def choose_ops(wanted: KernelsName, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+def choose_ops(
+    wanted: KernelsName, config: ModelConfig, dtype: torch.dtype, device: torch.device, cpus: tuple[int, ...] = ()
+) -> Ops:
     """Compiled kernels where they can be had, else torch's operations. Raises ConfigError if those that are wanted
     cannot be had."""
     if wanted == "torch":
         return TorchOps()
     try:
         _refuse_unsupported(config, dtype, device)
-        return NativeOps(_library())
+        return NativeOps(_library(cpus))
     except Unavailable as reason:
         if wanted == "compiled":
             raise ConfigError(f"AFD_KERNELS=compiled cannot be had: {reason}") from None
@@ -69,7 +71,7 @@ def _refuse_unsupported(config: ModelConfig, dtype: torch.dtype, device: torch.d
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _library(cpus: tuple[int, ...] = ()) -> ctypes.CDLL:
     """Compiled into a folder that is gone again once it is loaded: nothing can be stale, or somebody else's."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -85,7 +87,7 @@ def _library() -> ctypes.CDLL:
             raise Unavailable(f"{compiler}: {why}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{compiler}: {error}") from None
-    _start_threads(library)
+    _start_threads(library, cpus)
     return library
 
 
@@ -105,10 +107,10 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _start_threads(library: ctypes.CDLL) -> None:
-    """Gives the kernels as many threads as torch has; each keeps to a processor of its own, if the thread that calls
-    this was pinned to as many."""
-    num_threads, cpus = torch.get_num_threads(), sorted(os.sched_getaffinity(0))
+def _start_threads(library: ctypes.CDLL, cpus: tuple[int, ...]) -> None:
+    """Gives the kernels as many threads as torch has. With as many processors each keeps to its own, the one that calls
+    this to the first."""
+    num_threads = torch.get_num_threads()
     is_pinned = len(cpus) == num_threads
     library.afd_start_threads(num_threads, (ctypes.c_int32 * num_threads)(*cpus) if is_pinned else None)
     if is_pinned:

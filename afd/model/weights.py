@@ -78,10 +78,11 @@ def load_attention(
     device: torch.device,
     progress: Progress,
     kernels: KernelsName = "auto",
+    cpus: tuple[int, ...] = (),
 ) -> AttentionStack:
     """The attention side: embedding, attention, norms, router and lm_head; no FFN weight is read."""
     config = checkpoint.config
-    ops = choose_ops(kernels, config, dtype, device)
+    ops = choose_ops(kernels, config, dtype, device, cpus)
     with WeightReader(checkpoint, dtype, device) as reader:
         layers = []
         for layer_idx in range(config.num_layers):
@@ -130,10 +131,11 @@ def load_ffn_shard(
     device: torch.device,
     progress: Progress,
     kernels: KernelsName = "auto",
+    cpus: tuple[int, ...] = (),
 ) -> FFNShard:
     """Shard `shard` of `num_shards`: a slice of the routed experts, and of every dense and shared FFN's columns."""
     config = checkpoint.config
-    ops = choose_ops(kernels, config, dtype, device)
+    ops = choose_ops(kernels, config, dtype, device, cpus)
     with WeightReader(checkpoint, dtype, device) as reader:
         layers: list[FFNLayer] = []
         for layer_idx in range(config.num_layers):
