@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -31,7 +33,8 @@ _STOP_TIMEOUT_S = 30.0
 def running_vllm(python: Path, model: Path) -> Iterator[Contender]:
     """vLLM in a process of its own; a line of JSON asks it to decode, and it answers with a line."""
     command = [str(python), str(Path(__file__).with_name("vllm_peer.py")), str(model)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
 
         def ask(load: Load) -> float:
             assert process.stdin
@@ -46,7 +49,7 @@ def running_vllm(python: Path, model: Path) -> Iterator[Contender]:
         try:
             yield ask
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # it has workers that a signal to itself would leave behind
             process.wait(_STOP_TIMEOUT_S)
 
 
