@@ -30,6 +30,7 @@ from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from benchmarks import gateway
 
 _VOCAB_SIZE = 1024
+_LAYER_PARTS, _OTHER_PARTS = ("attention", "send", "receive"), ("schedule", "lm_head", "sample")
 _WARM_UP_TOKENS = 24
 _MOST_TOKENS = 1024  # of a stream: none ends before the figures are taken
 
@@ -61,10 +62,16 @@ class Result:
     point: Point
     tokens_per_s: float
     step_ms: float
+    part_ms: dict[str, float]  # of the step
 
     @property
     def layer_ms(self) -> float:
-        return self.step_ms / self.point.layers
+        return sum(self.part_ms[part] for part in _LAYER_PARTS) / self.point.layers
+
+    @property
+    def rest_ms(self) -> float:
+        """Of the step, whatever does not grow with the layers: scheduling, logits, sampling."""
+        return self.step_ms - self.layer_ms * self.point.layers
 
 
 def sizes(num_layers: int) -> ModelSizes:
@@ -117,12 +124,10 @@ async def _measure_point(mesh: Mesh, axis: Axis, point: Point, num_tokens: int) 
             for stream in streams:
                 await stream.aclose()
     spent = {name: value - before[name] for name, value in after.items()}
-    return Result(
-        axis=axis,
-        point=point,
-        tokens_per_s=spent["afd_generated_tokens"] / seconds,
-        step_ms=1e3 * spent["afd_step_seconds"] / spent["afd_steps"],
-    )
+    ms_per_step = {name: 1e3 * value / spent["afd_steps"] for name, value in spent.items()}
+    part_ms = {part: ms_per_step[f"afd_step_part_seconds/{part}"] for part in (*_LAYER_PARTS, *_OTHER_PARTS)}
+    tokens_per_s = spent["afd_generated_tokens"] / seconds
+    return Result(axis, point, tokens_per_s, ms_per_step["afd_step_seconds"], part_ms)
 
 
 def _stream(client: Client, point: Point, seed: int) -> Stream:
@@ -139,11 +144,12 @@ async def _take(stream: Stream, num_tokens: int) -> None:
 def table(results: Sequence[Result]) -> Table:
     rest = f"{BASE.streams} streams, context {BASE.context}, {BASE.layers} layers, {BASE.shards} shard"
     made = Table(title=f"decode steps; what does not grow: {rest}")
-    for column in ("of", "number", "tokens/s", "step, ms", "step and layer, ms"):
+    for column in ("of", "number", "tokens/s", "step, ms", "a layer of it", "besides"):
         made.add_column(column, justify="right")
     for row in results:
         value = asdict(row.point)[row.axis]
-        made.add_row(row.axis, str(value), f"{row.tokens_per_s:.0f}", f"{row.step_ms:.2f}", f"{row.layer_ms:.2f}")
+        times = (f"{time:.2f}" for time in (row.step_ms, row.layer_ms, row.rest_ms))
+        made.add_row(row.axis, str(value), f"{row.tokens_per_s:.0f}", *times)
     return made
 
 
@@ -158,9 +164,9 @@ def main() -> None:
     console = Console()
     axes = [axis for axis in get_args(Axis) if axis in options.parts]
     mesh = sorted(measure(axes, options.tokens), key=lambda row: points(axes).index((row.axis, row.point)))
-    console.print(table(mesh))
     alone = gateway.measure(gateway.LOADS, gateway.two_cores()) if "gateway" in options.parts else []
-    console.print(gateway.table(alone))
+    for made in ([table(mesh)] if mesh else []) + ([gateway.table(alone)] if alone else []):
+        console.print(made)
     if options.json:
         figures = {"mesh": [asdict(row) for row in mesh], "gateway": [asdict(row) for row in alone]}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
