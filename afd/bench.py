@@ -6,7 +6,7 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,19 +67,22 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         options = {name: str(value) for name, value in asdict(self.options).items() if name != "settings"}
-        return {"mesh": {**options, "threads": self.options.threads_each}, "rows": [asdict(row) for row in self.rows]}
+        return {"mesh": options, "rows": [asdict(row) for row in self.rows]}
 
 
 def run_bench(options: MeshOptions, loads: Sequence[Load], notes: Console) -> Results:
     """Starts the mesh, runs one load after the other, stops it. Raises what the mesh or a request raises."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with running_mesh(options) as mesh, Progress(*columns, console=notes, transient=True) as progress:
-        return Results(options, [asyncio.run(_run_load(mesh, load, progress)) for load in loads])
+        rows = []
+        for load in loads:
+            task = progress.add_task(f"{load.streams} streams", total=load.streams * load.output_tokens * _ROUNDS)
+            rows.append(asyncio.run(measure(mesh, load, lambda task=task: progress.advance(task))))  # type: ignore[misc]
+        return Results(options, rows)
 
 
-async def _run_load(mesh: Mesh, load: Load, progress: Progress) -> Result:
-    total = load.streams * load.output_tokens * _ROUNDS
-    task = progress.add_task(f"{load.streams} streams", total=total)
+async def measure(mesh: Mesh, load: Load, advance: Callable[[], None] = lambda: None) -> Result:
+    """Puts the load on a running mesh; `advance` is called for every token."""
     async with Client(mesh.gateway.address) as client:
         vocab_size = (await client.get_model()).vocab_size
         await _stream(client, Load(1, load.prompt_tokens, 2), vocab_size, 0, lambda: None)  # warm up
@@ -88,7 +91,7 @@ async def _run_load(mesh: Mesh, load: Load, progress: Progress) -> Result:
 
         async def ask_repeatedly(number: int) -> list[list[float]]:
             seeds = range(1 + number * _ROUNDS, 1 + (number + 1) * _ROUNDS)
-            return [await _stream(client, load, vocab_size, seed, lambda: progress.advance(task)) for seed in seeds]
+            return [await _stream(client, load, vocab_size, seed, advance) for seed in seeds]
 
         streams = await asyncio.gather(*(ask_repeatedly(number) for number in range(load.streams)))
         seconds = time.perf_counter() - start
@@ -164,9 +167,10 @@ def report(results: Results) -> tuple[Table, Table, Table]:
 
 def _speeds(results: Results) -> Table:
     options = results.options
-    ffn = f"{options.ffn}F, {options.microbatches} microbatches" if options.ffn else " collocated"
+    ffn = f"{options.ffn}F, microbatches: {options.num_microbatches}" if options.ffn else " collocated"
     mesh = f"{options.attention}A{ffn}, {options.dtype}"
-    title = f"{options.model.name}: {mesh}, {options.threads_each} threads each"
+    cores = f"{options.threads} threads each" if options.threads else f"cores {options.cores}"
+    title = f"{options.model.name}: {mesh}, {cores}"
     table = _table(title, "streams", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99 ms")
     for row in results.rows:
         times = (row.ttft_ms.p50, row.ttft_ms.p99, row.tpot_ms.p50, row.tpot_ms.p99)

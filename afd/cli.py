@@ -22,6 +22,7 @@ from afd.client import Client, Stream
 from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
 from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
+from afd.placement import Cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
@@ -42,25 +43,33 @@ Ffn = Annotated[
 ]
 
 
-def _number_or_auto(text: str) -> str:
+def _number_or_auto(text: str | None) -> str | None:
     try:
-        return str(parse_microbatches(text))
+        return text and str(parse_microbatches(text))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
 Microbatches = Annotated[
-    str,
+    str | None,
     typer.Option(
         callback=_number_or_auto,
         envvar="AFD_MICROBATCHES",
-        help="parts of the batch that cross the layers independently, or auto: found by trying",
+        help="parts of the batch that cross the layers independently, or auto: found by trying; "
+        "default: 1 where the sides take turns on the cores, else 2",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", envvar="AFD_DTYPE", help="of weights and arithmetic")]
 Device = Annotated[str, typer.Option(envvar="AFD_DEVICE", help="cpu, cuda or cuda:N")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, envvar="AFD_THREADS", help="threads of each process; default: an even share")
+    int | None, typer.Option(min=1, envvar="AFD_THREADS", help="threads of each process, anywhere; --cores is ignored")
+]
+CoresOption = Annotated[
+    Cores,
+    typer.Option(
+        "--cores",
+        help="shared: attention and FFN take turns on all cores; own: each has its part, and both work at once",
+    ),
 ]
 StartupTimeout = Annotated[
     float, typer.Option(min=1, envvar="AFD_STARTUP_TIMEOUT_S", help="longest wait until all is ready, seconds")
@@ -76,7 +85,7 @@ def up(
     model: Model,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = "2",
+    microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
     redis: Annotated[
@@ -84,6 +93,7 @@ def up(
     ] = None,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_GRPC_PORT", help="0: a free one")] = 50051,
     http_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_HTTP_PORT", help="0: a free one")] = 8000,
+    cores: CoresOption = Cores.shared,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
     ready_file: Annotated[Path | None, typer.Option(help="written when all is ready: addresses and pids, JSON")] = None,
@@ -99,6 +109,7 @@ def up(
         redis=redis,
         grpc_port=grpc_port,
         http_port=http_port,
+        cores=cores,
         threads=threads,
         startup_timeout_s=startup_timeout,
     )
@@ -186,9 +197,10 @@ def bench(
     output_tokens: Annotated[int, typer.Option(min=2, help="length of each answer")] = 64,
     attention: Attention = 1,
     ffn: Ffn = 1,
-    microbatches: Microbatches = "2",
+    microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
+    cores: CoresOption = Cores.shared,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
     json_file: JsonFile = None,
@@ -209,6 +221,7 @@ def bench(
         microbatches=microbatches,
         dtype=dtype.value,
         device=device,
+        cores=cores,
         threads=threads,
         startup_timeout_s=startup_timeout,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ class ComputeThread(ThreadPoolExecutor):
     If several did, OpenMP would keep a team of threads for each of them, and let none look out for its next work.
     """
 
-    def __init__(self, threads: int = 1, cpus: frozenset[int] | None = None) -> None:
+    def __init__(self, threads: int = 1, cpus: Collection[int] = ()) -> None:
         super().__init__(1, "compute", _prepare, (threads, cpus))
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
@@ -35,9 +35,9 @@ class ComputeThread(ThreadPoolExecutor):
         return await asyncio.wrap_future(self.submit(function, *args))
 
 
-def _prepare(threads: int, cpus: frozenset[int] | None) -> None:
+def _prepare(threads: int, cpus: Collection[int]) -> None:
     torch.set_num_threads(threads)
-    if cpus is not None:
+    if cpus:
         os.sched_setaffinity(0, cpus)
 
 
@@ -46,7 +46,7 @@ def choose_device(settings: ComputeSettings) -> tuple[torch.dtype, torch.device]
     device = torch.device(settings.device)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"AFD_DEVICE={settings.device}: this machine has no such GPU; use AFD_DEVICE=cpu")
-    if missing := (settings.cpus or frozenset()) - os.sched_getaffinity(0):
+    if missing := set(settings.cpus) - os.sched_getaffinity(0):
         there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         raise ConfigError(f"AFD_CPUS: this process may not use processor {min(missing)}, only {there}")
     return DTYPES[settings.dtype], device

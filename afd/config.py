@@ -47,12 +47,15 @@ def parse_microbatches(value: object) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def parse_cpus(value: object) -> object:
-    """ "0,2-3" is processors 0, 2 and 3."""
-    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in str(value).split(",")]
-    if not all(parts):
+def parse_cpus(value: object) -> tuple[int, ...]:
+    """ "0,2-3" is processors 0, 2 and 3, in this order."""
+    if isinstance(value, tuple):
         return value
-    return frozenset(cpu for part in parts if part for cpu in range(int(part[1]), int(part[2] or part[1]) + 1))
+    parts = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part) for part in str(value).split(",")]
+    cpus = [cpu for part in parts if part for cpu in range(int(part[1]), int(part[2] or part[1]) + 1)]
+    if not all(parts) or len(set(cpus)) != len(cpus) or not cpus:
+        raise ValueError("give processors like 0 or 0,2-3, each once")
+    return tuple(cpus)
 
 
 class ServiceSettings(BaseSettings):
@@ -90,8 +93,8 @@ class ComputeSettings(ServiceSettings):
     dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
     device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
-    cpus: Annotated[frozenset[int] | None, NoDecode, BeforeValidator(parse_cpus)] = Field(
-        None, description="processors that compute threads keep to, like 0 or 0,2-3; default: any"
+    cpus: Annotated[tuple[int, ...], NoDecode, BeforeValidator(parse_cpus)] = Field(
+        (), description="processors that compute threads keep to, like 0 or 0,2-3; default: any"
     )
     kernels: Literal["auto", "compiled", "torch"] = Field(
         "auto", description="compiled ones for bfloat16 on the CPU where there is a C compiler; torch never compiles"

@@ -20,6 +20,7 @@ from typing import Any
 from afd.config import refuse_unknown_variables
 from afd.errors import ConfigError
 from afd.model.checkpoint import Checkpoint
+from afd.placement import Cores, Placement, usable_cpus
 from afd.processes import start_child
 from afd.state.connection import connect, without_password
 from afd.state.embedded import EmbeddedRedis
@@ -40,20 +41,34 @@ class MeshOptions:
     model: Path
     attention: int = 1
     ffn: int = 1
-    microbatches: str = "2"
+    microbatches: str | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
     redis: str | None = None
     grpc_port: int = 0
     http_port: int = 0
+    cores: Cores = Cores.shared
     threads: int | None = None
     startup_timeout_s: float = 120.0
     settings: dict[str, str] = field(default_factory=dict)  # further AFD_* settings, without the prefix
 
     @property
-    def threads_each(self) -> int:
-        """By default the processes that compute share the cores evenly."""
-        return self.threads or max(1, (os.cpu_count() or 1) // (self.attention + self.ffn))
+    def num_microbatches(self) -> str:
+        """One where the sides take turns on the same cores: nothing would overlap, and weights be read twice."""
+        return self.microbatches or ("1" if self.takes_turns else "2")
+
+    @property
+    def takes_turns(self) -> bool:
+        return self.device == "cpu" and self.cores is Cores.shared and self.threads is None
+
+    def placement(self) -> Placement | None:
+        """None: every process has `threads` of them, anywhere. Raises ConfigError for an AFD_CPUS that cannot be."""
+        if self.threads is not None or self.device != "cpu":
+            return None
+        try:
+            return Placement.of(self.cores, self.attention, self.ffn, usable_cpus())
+        except ValueError as error:
+            raise ConfigError(f"AFD_CPUS={os.environ.get('AFD_CPUS')}: {error}") from None
 
 
 @dataclass
@@ -63,6 +78,7 @@ class Service:
     role: Role
     index: int
     settings: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     replica: Replica | None = None
 
@@ -72,9 +88,8 @@ class Service:
 
     def start(self) -> None:
         settings = {**self.settings, "replica_id": self.replica_id}
-        environment = {**os.environ, **{f"AFD_{name.upper()}": str(value) for name, value in settings.items()}}
-        # Threads that spin while they wait would take the core from the service that they wait for.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
+        variables = {f"AFD_{name.upper()}": str(value) for name, value in settings.items()}
+        environment = {**self.environment, **os.environ, **variables}
         self.process = start_child([sys.executable, "-m", f"services.{self.role}"], environment)
 
     def keep_ports(self) -> None:
@@ -134,16 +149,25 @@ class Mesh:
             "metrics_port": 0,
             **options.settings,
         }
-        compute = {"dtype": options.dtype, "device": options.device, "threads": options.threads_each}
-        attention = {**common, **compute, "ffn_shards": options.ffn, "microbatches": options.microbatches}
+        compute = {**common, "dtype": options.dtype, "device": options.device}
+        attention = {**compute, "ffn_shards": options.ffn, "microbatches": options.num_microbatches}
         self.services = [
-            *(
-                Service("ffn", shard, {**common, **compute, "shard": f"{shard}/{options.ffn}"})
-                for shard in range(options.ffn)
-            ),
+            *(Service("ffn", shard, {**compute, "shard": f"{shard}/{options.ffn}"}) for shard in range(options.ffn)),
             *(Service("attention", index, {**attention}) for index in range(options.attention)),
             Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
         ]
+
+        self._place(options.placement())
+
+    def _place(self, placement: Placement | None) -> None:
+        for service in self.services[:-1]:
+            if placement is None:
+                service.settings["threads"] = self.options.threads or 1
+            else:
+                parts = placement.ffn if service.role == "ffn" else placement.attention
+                service.settings = placement.settings(parts[service.index]) | service.settings
+            if self.options.takes_turns and self.options.ffn:
+                service.environment["OMP_WAIT_POLICY"] = "passive"  # torch's threads must not hold the others' cores
 
     @property
     def gateway(self) -> Replica:

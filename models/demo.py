@@ -37,7 +37,12 @@ def main() -> None:
 def run(trace_file: Path) -> bool:
     """Whether every answer was right."""
     options = MeshOptions(
-        MODEL, attention=1, ffn=2, dtype="float32", settings={"trace_sample": "1", "trace_file": str(trace_file)}
+        MODEL,
+        ffn=2,
+        microbatches="2",
+        threads=1,
+        dtype="float32",
+        settings={"trace_sample": "1", "trace_file": str(trace_file)},
     )
     console.print("starting gateway, 1 attention replica, 2 FFN shards and an embedded Redis ...")
     with running_mesh(options) as mesh:

@@ -75,6 +75,7 @@ class StubEndpoint:
         self.arriving = list(frames)
         self.awaited = {frame.frame_id for frame in frames}
         self.answers: dict[int, tuple[torch.Tensor, Timing]] = {}
+        self.refusals: dict[int, str] = {}
         self.is_closed = False
 
     def poll(self) -> list[Frame]:
@@ -94,7 +95,7 @@ class StubEndpoint:
         self.answers[frame.frame_id] = ffn_output, timing
 
     def refuse(self, frame_id: int, error: AfdError) -> None:
-        raise AssertionError(error)
+        self.refusals[frame_id] = str(error)
 
     def close(self) -> None:
         self.is_closed = True
@@ -577,6 +578,26 @@ def test_what_nobody_rings_for_is_looked_at_again_after_a_share_of_the_wait(monk
     for waited_s in (0.0001, 0.001, 0.004, 100.0):
         pause(waited_s, 50e-6, [None], longest_s=0.0009)
     assert naps == [0.000125, 0.0005, 0.0009]
+
+
+async def test_frame_that_names_no_expert_is_refused_and_its_neighbours_in_the_batch_are_computed(model: Model) -> None:
+    async with running_shard(model) as shard:
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
+        bad, good = StubEndpoint(shard.frame(1)), StubEndpoint(shard.frame(2))
+        routing = bad.arriving[0].routing
+        assert routing is not None
+        routing.topk_ids[1, 0] = 99
+        batcher.attach(bad)
+        batcher.attach(good)
+        batcher.start(ComputeThread())
+        async with asyncio.timeout(10):
+            while not (bad.refusals and good.answers):
+                await asyncio.sleep(0.01)
+        batcher.stop()
+        assert "expert 99 does not exist" in bad.refusals[1]
+        assert torch.equal(good.answers[2][0], shard.expected(shard.frame(2)))
+        assert not bad.answers
+        assert not good.refusals
 
 
 async def test_dropped_frame_is_not_computed(model: Model) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afd.errors import ConfigError
+from afd.errors import ConfigError, InvalidRequest
 from afd.model import native
 from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation, rms_norm
@@ -165,10 +165,22 @@ def test_ffn_is_the_weighted_sum_of_the_chosen_experts_here_and_the_shared_one(
         share = (routing.topk_weights * (topk_ids == first + expert)).sum(dim=-1, keepdim=True)
         total += share.double() * expected(weights, x.double())
     out = torch.empty_like(x)
-    ops.moe_ffn(shared, experts, first)(x, routing, out)
+    ops.moe_ffn(shared, experts, first, num_experts)(x, routing, out)
     assert_near(out, total)
     ops.dense_ffn(shared)(x, None, out)
     assert_near(out, expected(shared, x.double()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("expert", [-1, 4, 2**31 - 1])
+def test_expert_that_does_not_exist_is_refused(ops: NativeOps, expert: int) -> None:
+    random = Random(0)
+    shared, experts = (FFNWeights(*(random.bfloat16(*shape, 32, 32) for _ in range(3))) for shape in ((), (2,)))
+    topk_ids = torch.tensor([[0, 1], [3, expert]], dtype=torch.int32)
+    x, routing = random.bfloat16(2, 32), Routing(topk_ids, torch.ones(2, 2))
+    for each in (ops, TorchOps()):
+        with pytest.raises(InvalidRequest, match=f"expert {expert} does not exist; the model has 4"):
+            each.moe_ffn(shared, experts, 1, 4)(x, routing, torch.empty_like(x))
 
 
 @needs_kernels

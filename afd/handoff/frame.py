@@ -124,9 +124,3 @@ class FrameRules:
     def check_size(self, num_tokens: int) -> None:
         if not 1 <= num_tokens <= self.max_tokens:
             raise InvalidRequest(f"the frame has {num_tokens} tokens; from 1 to {self.max_tokens} are allowed")
-
-    def check_experts(self, topk_ids: Tensor) -> None:
-        low, high = (int(bound) for bound in topk_ids.aminmax())
-        if low < 0 or high >= self.config.num_experts:
-            unknown = low if low < 0 else high
-            raise InvalidRequest(f"expert {unknown} does not exist; the model has {self.config.num_experts}")

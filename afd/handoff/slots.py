@@ -138,7 +138,8 @@ class FrameSlots:
         self.region.words[slot * self.shape.frame_stride // 8] = 0
 
     def read(self, slot: int, rules: FrameRules) -> Frame:
-        """The frame posted in a slot, checked; ffn_input is not copied. Raises InvalidRequest."""
+        """The frame posted in a slot; nothing is copied. Raises InvalidRequest if it cannot be; which experts it names
+        is checked where they are used."""
         header = _FRAME.unpack_from(self.region.memory, slot * self.shape.frame_stride)
         frame_id, num_bytes, layer_idx, num_tokens, flags, traceparent = header
         has_routing, is_probe = bool(flags & _HAS_ROUTING), bool(flags & _IS_PROBE)
@@ -155,7 +156,7 @@ class FrameSlots:
             slot=slot,
             layer_idx=layer_idx,
             ffn_input=self._ffn_input(parts),
-            routing=_routing(parts, rules) if has_routing else None,
+            routing=Routing(parts.topk_ids, parts.topk_weights) if has_routing else None,
             traceparent=traceparent.rstrip(b"\0").decode("ascii", "replace"),
             is_probe=is_probe,
         )
@@ -189,13 +190,6 @@ class FrameSlots:
         if self.shape.frame_dtype is FP8:
             return dequantize(parts.ffn_input, parts.scales, self.shape.dtype)
         return parts.ffn_input
-
-
-def _routing(parts: FrameParts, rules: FrameRules) -> Routing:
-    """Copied before it is checked: nobody can change it afterwards."""
-    routing = Routing(parts.topk_ids.clone(), parts.topk_weights.clone())
-    rules.check_experts(routing.topk_ids)
-    return routing
 
 
 class AnswerSlots:

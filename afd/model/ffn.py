@@ -20,7 +20,8 @@ class FFNLayer(Protocol):
     """A shard's part of one layer."""
 
     def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:
-        """Writes the partial sum of x [T, D] into out [T, D]; `routing` is None just on dense layers."""
+        """Writes the partial sum of x [T, D] into out [T, D]; `routing` is None just on dense layers. Raises
+        InvalidRequest if it names an expert that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class DenseFFN:
 class MoEFFN:
     """A slice of the routed experts and a column slice of the shared expert."""
 
+    num_experts: int  # of all slices
     experts: Experts
     shared: SwiGLU
 
     def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:
         assert routing is not None
-        torch.add(self.experts(x, routing), self.shared(x), out=out)
+        torch.add(self.experts(x, routing.checked(self.num_experts)), self.shared(x), out=out)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class FFNShard:
 
     @torch.inference_mode()
     def __call__(self, layer_idx: int, ffn_input: Tensor, routing: Routing | None, out: Tensor | None = None) -> Tensor:
-        """The partial sum [T, D] of ffn_input [T, D], into `out` if given; `routing` is None just on dense layers."""
+        """The partial sum [T, D] of ffn_input [T, D], into `out` if given; `routing` is None just on dense layers.
+        Raises InvalidRequest if it names an expert that does not exist."""
         out = torch.empty_like(ffn_input) if out is None else out
         self.layers[layer_idx](ffn_input, routing, out)
         return out

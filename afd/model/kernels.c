@@ -27,22 +27,26 @@
 #error "this processor has no AVX512-BF16"
 #endif
 
-enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096, LOOK_OUT_NS = 5000000 };
+enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096, TASK_BLOCKS = 4, LOOK_OUT_NS = 50000 };
 
 typedef uint16_t bf16;
 
-/* ---- Threads: one that calls, and helpers that do the same job beside it. ---- */
+/* ---- Threads: one that calls, and helpers that take tasks of the same job while there are any. ---- */
 
-typedef void (*Job)(const void *arguments, long thread);
+typedef void (*Task)(const void *arguments, long number);
+
+enum { CLOSED = -1 };
 
 static struct {
     long num_threads; /* with the one that calls */
-    Job job;
+    Task task;
     const void *arguments;
-    atomic_uint num_started; /* jobs; the helpers wait for the next one */
-    atomic_int num_sleeping, num_running, num_arrived, num_barriers;
-    atomic_long next_task;
-} team = {.num_threads = 1};
+    long num_tasks;
+    atomic_long next;
+    atomic_int num_joined; /* helpers at work, or CLOSED */
+    atomic_uint num_jobs;  /* changes when there is a new one */
+    atomic_int num_sleeping;
+} team = {.num_threads = 1, .num_joined = CLOSED};
 
 static long long now_ns(void) {
     struct timespec time;
@@ -52,31 +56,39 @@ static long long now_ns(void) {
 
 static void await_job(unsigned last) {
     long long deadline = now_ns() + LOOK_OUT_NS;
-    while (atomic_load(&team.num_started) == last) {
+    while (atomic_load(&team.num_jobs) == last) {
         if (now_ns() < deadline) {
             sched_yield();
             continue;
         }
         atomic_fetch_add(&team.num_sleeping, 1);
-        syscall(SYS_futex, &team.num_started, FUTEX_WAIT_PRIVATE, last, NULL, NULL, 0);
+        syscall(SYS_futex, &team.num_jobs, FUTEX_WAIT_PRIVATE, last, NULL, NULL, 0);
         atomic_fetch_sub(&team.num_sleeping, 1);
     }
 }
 
-static void *help(void *argument) {
-    for (unsigned last = 0;; last++) {
+static void work(void) {
+    for (long number; (number = atomic_fetch_add(&team.next, 1)) < team.num_tasks;) team.task(team.arguments, number);
+}
+
+static void *help(void *unused) {
+    for (unsigned last = 0;;) {
         await_job(last);
-        team.job(team.arguments, (long)argument);
-        atomic_fetch_sub(&team.num_running, 1);
+        last = atomic_load(&team.num_jobs);
+        int num_joined = atomic_load(&team.num_joined);
+        while (num_joined != CLOSED && !atomic_compare_exchange_weak(&team.num_joined, &num_joined, num_joined + 1));
+        if (num_joined == CLOSED) continue; /* woken too late: the others have done it all */
+        work();
+        atomic_fetch_sub(&team.num_joined, 1);
     }
-    return NULL;
+    return unused;
 }
 
 /* Called once; cpus has num_threads processors, or is none. Returns how many threads there are then. */
 long afd_start_threads(long num_threads, const int32_t *cpus) {
     while (team.num_threads < num_threads) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)team.num_threads)) break;
+        if (pthread_create(&thread, NULL, help, NULL)) break;
         if (cpus) {
             cpu_set_t set;
             CPU_ZERO(&set);
@@ -89,32 +101,27 @@ long afd_start_threads(long num_threads, const int32_t *cpus) {
     return team.num_threads;
 }
 
-static void run(Job job, const void *arguments) {
-    if (team.num_threads > 1) {
-        team.job = job, team.arguments = arguments;
-        atomic_store(&team.num_running, (int)team.num_threads - 1);
-        atomic_fetch_add(&team.num_started, 1);
-        if (atomic_load(&team.num_sleeping))
-            syscall(SYS_futex, &team.num_started, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+/* Returns when all tasks are done. Who begins late takes fewer of them, so nobody waits for a thread to wake up. */
+static void run(Task task, const void *arguments, long num_tasks) {
+    if (team.num_threads == 1) {
+        for (long number = 0; number < num_tasks; number++) task(arguments, number);
+        return;
     }
-    job(arguments, 0);
-    while (team.num_threads > 1 && atomic_load(&team.num_running)) sched_yield();
+    team.task = task, team.arguments = arguments, team.num_tasks = num_tasks;
+    atomic_store(&team.next, 0);
+    atomic_store(&team.num_joined, 0);
+    atomic_fetch_add(&team.num_jobs, 1);
+    if (atomic_load(&team.num_sleeping))
+        syscall(SYS_futex, &team.num_jobs, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+    work();
+    for (int none = 0; !atomic_compare_exchange_weak(&team.num_joined, &none, CLOSED); none = 0) sched_yield();
 }
 
-/* Goes on when all threads of the job are here. */
-static void barrier(void) {
-    if (team.num_threads == 1) return;
-    int number = atomic_load(&team.num_barriers);
-    if (atomic_fetch_add(&team.num_arrived, 1) == (int)team.num_threads - 1) {
-        atomic_store(&team.num_arrived, 0);
-        atomic_fetch_add(&team.num_barriers, 1);
-    }
-    while (atomic_load(&team.num_barriers) == number) sched_yield();
-}
+static inline long parts_of(long total, long size) { return (total + size - 1) / size; }
 
-/* A thread's part of `total`. */
-#define EACH_OF(thread, total, i)                                                                                      \
-    for (long i = (total) * (thread) / team.num_threads; i < (total) * ((thread) + 1) / team.num_threads; i++)
+/* The blocks of a task that has up to `size` of `total` ones. */
+#define EACH_BLOCK(n, number, size, total)                                                                             \
+    for (long n = (number) * (size); n < (number) * (size) + (size) && n < (total); n++)
 
 /* ---- Arithmetic. ---- */
 
@@ -193,9 +200,9 @@ typedef struct {
     bf16 *y;
 } Linear;
 
-static void linear(const void *arguments, long thread) {
+static void linear(const void *arguments, long number) {
     const Linear *a = arguments;
-    EACH_OF(thread, a->outputs / LANES, n) {
+    EACH_BLOCK(n, number, TASK_BLOCKS, a->outputs / LANES) {
         for (long first = 0; first < a->rows; first += TILE) {
             int num_rows = smaller(a->rows - first, TILE);
             const bf16 *rows[TILE];
@@ -209,7 +216,8 @@ static void linear(const void *arguments, long thread) {
 
 /* y [rows, outputs] = x [rows, inputs] w^T */
 void afd_linear(const bf16 *x, long rows, long x_stride, const bf16 *w, long inputs, long outputs, bf16 *y) {
-    run(linear, &(Linear){x, rows, x_stride, w, inputs, outputs, y});
+    long num_tasks = parts_of(outputs / LANES, TASK_BLOCKS);
+    run(linear, &(Linear){x, rows, x_stride, w, inputs, outputs, y}, num_tasks);
 }
 
 /* y [rows, size] = x / sqrt(mean(x^2) + eps) * weight */
@@ -317,29 +325,25 @@ typedef struct {
     bf16 *y;
 } Attention;
 
-static void attention(const void *arguments, long thread) {
-    (void)thread; /* contexts differ in length: each takes the next one that nobody has */
+static void attention(const void *arguments, long number) {
     const Attention *a = arguments;
-    long groups = (a->heads + LANES - 1) / LANES, size = a->size;
-    for (long task; (task = atomic_fetch_add(&team.next_task, 1)) < a->rows * groups;) {
-        long row = task / groups, head = task % groups * LANES, offset = (row * a->heads + head) * size;
-        const int64_t *slots = a->slots + row * a->slots_stride;
-        float *scores = malloc((size_t)a->lengths[row] * LANES * sizeof *scores), sums[LANES];
-        bf16 packed[LANES * size];
-        pack_heads(a->q + offset, a->heads - head, size, packed);
-        _mm512_storeu_ps(sums, softmax_scores(packed, a->keys, slots, a->lengths[row], size, scores));
-        weigh_values(scores, sums, a->values, slots, a->lengths[row], smaller(a->heads - head, LANES), size,
-                     a->y + offset);
-        free(scores);
-    }
+    long groups = parts_of(a->heads, LANES), size = a->size;
+    long row = number / groups, head = number % groups * LANES, offset = (row * a->heads + head) * size;
+    const int64_t *slots = a->slots + row * a->slots_stride;
+    float *scores = malloc((size_t)a->lengths[row] * LANES * sizeof *scores), sums[LANES];
+    bf16 packed[LANES * size];
+    pack_heads(a->q + offset, a->heads - head, size, packed);
+    _mm512_storeu_ps(sums, softmax_scores(packed, a->keys, slots, a->lengths[row], size, scores));
+    weigh_values(scores, sums, a->values, slots, a->lengths[row], smaller(a->heads - head, LANES), size, a->y + offset);
+    free(scores);
 }
 
 /* y [rows, heads, size]: attention of each row of q to its context, which all heads share: the first `lengths` of its
    row of slots. */
 void afd_attention(const bf16 *q, long rows, long heads, long size, const bf16 *keys, const bf16 *values,
                    const int64_t *slots, long slots_stride, const int64_t *lengths, bf16 *y) {
-    atomic_store(&team.next_task, 0);
-    run(attention, &(Attention){q, rows, heads, size, keys, values, slots, slots_stride, lengths, y});
+    Attention arguments = {q, rows, heads, size, keys, values, slots, slots_stride, lengths, y};
+    run(attention, &arguments, rows * parts_of(heads, LANES));
 }
 
 /* down(silu(gate x) * up x) of some rows: an expert with those that chose it, or a dense or shared FFN with all. */
@@ -378,67 +382,81 @@ static void group_rows(Part *parts, long num_experts, long first_expert, long nu
     }
 }
 
-static void gate_up(const Part *part, const bf16 *x, long size, long thread) {
-    EACH_OF(thread, part->width / LANES, n) {
-        const bf16 *gate = part->gate_up + n * 2 * LANES * size, *up = gate + LANES * size;
+typedef struct {
+    const bf16 *x;
+    long num_rows, size;
+    const Part *parts;
+    long num_parts, tasks_per_part;
+    float *sums; /* [num_rows, size] */
+    bf16 *y;
+} Ffn;
+
+/* Some blocks of one part's hidden values. */
+static void gate_up(const void *arguments, long number) {
+    const Ffn *a = arguments;
+    const Part *part = a->parts + number / a->tasks_per_part;
+    if (!part->num_rows) return;
+    EACH_BLOCK(n, number % a->tasks_per_part, TASK_BLOCKS, part->width / LANES) {
+        const bf16 *gate = part->gate_up + n * 2 * LANES * a->size, *up = gate + LANES * a->size;
         for (long first = 0; first < part->num_rows; first += TILE) {
             int num_rows = smaller(part->num_rows - first, TILE);
             const bf16 *rows[TILE];
             __m512 g[TILE], u[TILE];
-            for (int m = 0; m < TILE; m++) rows[m] = x + part->rows[first + (m < num_rows ? m : 0)] * size;
-            block(rows, num_rows, gate, size, g);
-            block(rows, num_rows, up, size, u);
+            for (int m = 0; m < TILE; m++) rows[m] = a->x + part->rows[first + (m < num_rows ? m : 0)] * a->size;
+            block(rows, num_rows, gate, a->size, g);
+            block(rows, num_rows, up, a->size, u);
             for (int m = 0; m < num_rows; m++)
                 store_bf16(part->hidden + (first + m) * part->width + n * LANES, _mm512_mul_ps(silu(g[m]), u[m]));
         }
     }
 }
 
-/* Adds the part's output to y; every thread has the same columns of every part. */
-static void down(const Part *part, float *y, long size, long thread) {
-    EACH_OF(thread, size / LANES, n) {
-        for (long first = 0; first < part->num_rows; first += TILE) {
-            int num_rows = smaller(part->num_rows - first, TILE);
-            const bf16 *rows[TILE];
-            __m512 out[TILE];
-            for (int m = 0; m < TILE; m++) rows[m] = part->hidden + (first + (m < num_rows ? m : 0)) * part->width;
-            block(rows, num_rows, part->down + n * LANES * part->width, part->width, out);
-            for (int m = 0; m < num_rows; m++) {
-                float *to = y + part->rows[first + m] * size + n * LANES;
-                __m512 weight = _mm512_set1_ps(part->weights[first + m]);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(out[m], weight, _mm512_loadu_ps(to)));
-            }
+/* Adds one block of a part's output to the sums. */
+static void add_down(const Part *part, long n, float *sums, long size) {
+    for (long first = 0; first < part->num_rows; first += TILE) {
+        int num_rows = smaller(part->num_rows - first, TILE);
+        const bf16 *rows[TILE];
+        __m512 out[TILE];
+        for (int m = 0; m < TILE; m++) rows[m] = part->hidden + (first + (m < num_rows ? m : 0)) * part->width;
+        block(rows, num_rows, part->down + n * LANES * part->width, part->width, out);
+        for (int m = 0; m < num_rows; m++) {
+            float *sum = sums + part->rows[first + m] * size + n * LANES;
+            __m512 weight = _mm512_set1_ps(part->weights[first + m]);
+            _mm512_storeu_ps(sum, _mm512_fmadd_ps(out[m], weight, _mm512_loadu_ps(sum)));
         }
     }
 }
 
-typedef struct {
-    const bf16 *x;
-    long num_elements, size;
-    const Part *parts;
-    long num_parts;
-    float *sums;
-    bf16 *y;
-} Ffn;
-
-static void ffn(const void *arguments, long thread) {
+/* Some columns of the output, of all parts. */
+static void down(const void *arguments, long number) {
     const Ffn *a = arguments;
-    EACH_OF(thread, a->num_elements / LANES, i) _mm512_storeu_ps(a->sums + i * LANES, _mm512_setzero_ps());
-    for (long p = 0; p < a->num_parts; p++) gate_up(a->parts + p, a->x, a->size, thread);
-    barrier();
-    for (long p = 0; p < a->num_parts; p++) down(a->parts + p, a->sums, a->size, thread);
-    barrier();
-    EACH_OF(thread, a->num_elements / LANES, i) store_bf16(a->y + i * LANES, _mm512_loadu_ps(a->sums + i * LANES));
+    EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES)
+        for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) _mm512_storeu_ps(a->sums + i, _mm512_setzero_ps());
+    for (const Part *part = a->parts; part < a->parts + a->num_parts; part++)
+        EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES) add_down(part, n, a->sums, a->size);
+    EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES)
+        for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) store_bf16(a->y + i, _mm512_loadu_ps(a->sums + i));
 }
 
 /* y [num_rows, size] = the sum of all parts of x. parts has 1 + num_experts; scratch has room, one after the other, for
-   [num_rows, size] sums, the weights and rows of all parts, and their hidden values. */
-void afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
-             const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch, bf16 *y) {
-    long num_elements = num_rows * size, num_pairs = num_rows * (1 + top_k);
-    float *weights = scratch + num_elements;
-    int32_t *rows = (int32_t *)(weights + num_pairs);
-    group_rows(parts, num_experts, first_expert, num_rows, topk_ids, topk_weights, top_k, rows, weights,
-               (bf16 *)(rows + num_pairs));
-    run(ffn, &(Ffn){x, num_elements, size, parts, 1 + num_experts, scratch, y});
+   [num_rows, size] sums, the weights and rows of all parts, the ids, and the hidden values. Returns -1, and computes
+   nothing, for an expert that is none of all_experts. */
+long afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
+             long all_experts, const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch,
+             bf16 *y) {
+    long num_pairs = num_rows * (1 + top_k), widest = 0;
+    float *weights = scratch + num_rows * size;
+    int32_t *rows = (int32_t *)(weights + num_pairs), *ids = rows + num_pairs;
+    for (long i = 0; i < num_rows * top_k; i++) {
+        ids[i] = topk_ids[i]; /* another process can change its own while they are used here */
+        if (ids[i] < 0 || ids[i] >= all_experts) return -1;
+    }
+    group_rows(parts, num_experts, first_expert, num_rows, ids, topk_weights, top_k, rows, weights,
+               (bf16 *)(ids + num_rows * top_k));
+    for (long p = 0; p <= num_experts; p++) widest = parts[p].width > widest ? parts[p].width : widest;
+    long tasks_per_part = parts_of(widest / LANES, TASK_BLOCKS);
+    Ffn arguments = {x, num_rows, size, parts, 1 + num_experts, tasks_per_part, scratch, y};
+    run(gate_up, &arguments, (1 + num_experts) * tasks_per_part);
+    run(down, &arguments, parts_of(size / LANES, TASK_BLOCKS));
+    return 0;
 }

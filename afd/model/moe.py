@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd.errors import InvalidRequest
 from afd.model.layers import SwiGLU, gated
 from afd.model.linear import MIN_ROWS, Linear
 
@@ -20,6 +21,14 @@ class Routing:
 
     topk_ids: Tensor  # [T, K] int32
     topk_weights: Tensor  # [T, K] float32
+
+    def checked(self, num_experts: int) -> Routing:
+        """A copy, which nobody can change any more. Raises InvalidRequest if it names an expert that does not exist."""
+        copy = Routing(self.topk_ids.clone(), self.topk_weights.clone())
+        low, high = (int(bound) for bound in copy.topk_ids.aminmax())
+        if low < 0 or high >= num_experts:
+            raise InvalidRequest(f"expert {low if low < 0 else high} does not exist; the model has {num_experts}")
+        return copy
 
 
 @dataclass(frozen=True)

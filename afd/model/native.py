@@ -44,14 +44,16 @@ class Unavailable(Exception):
     """Why there are no compiled kernels here."""
 
 
-def choose_ops(wanted: KernelsName, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+def choose_ops(
+    wanted: KernelsName, config: ModelConfig, dtype: torch.dtype, device: torch.device, cpus: tuple[int, ...] = ()
+) -> Ops:
     """Compiled kernels where they can be had, else torch's operations. Raises ConfigError if those that are wanted
     cannot be had."""
     if wanted == "torch":
         return TorchOps()
     try:
         _refuse_unsupported(config, dtype, device)
-        return NativeOps(_library())
+        return NativeOps(_library(cpus))
     except Unavailable as reason:
         if wanted == "compiled":
             raise ConfigError(f"AFD_KERNELS=compiled cannot be had: {reason}") from None
@@ -69,7 +71,7 @@ def _refuse_unsupported(config: ModelConfig, dtype: torch.dtype, device: torch.d
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _library(cpus: tuple[int, ...] = ()) -> ctypes.CDLL:
     """Compiled into a folder that is gone again once it is loaded: nothing can be stale, or somebody else's."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -85,7 +87,7 @@ def _library() -> ctypes.CDLL:
             raise Unavailable(f"{compiler}: {why}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"{compiler}: {error}") from None
-    _start_threads(library)
+    _start_threads(library, cpus)
     return library
 
 
@@ -97,18 +99,18 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
         "afd_rms_norm": [p, n, n, n, p, f, p],
         "afd_rotate_and_cache": [p, p, p, n, n, n, n, p, p, p, p, p],
         "afd_attention": [p, n, n, n, p, p, p, n, p, p],
-        "afd_ffn": [p, n, n, p, n, n, p, p, n, p, p],
+        "afd_ffn": [p, n, n, p, n, n, n, p, p, n, p, p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, n
     return library
 
 
-def _start_threads(library: ctypes.CDLL) -> None:
-    """Gives the kernels as many threads as torch has; each keeps to a processor of its own, if the thread that calls
-    this was pinned to as many."""
-    num_threads, cpus = torch.get_num_threads(), sorted(os.sched_getaffinity(0))
+def _start_threads(library: ctypes.CDLL, cpus: tuple[int, ...]) -> None:
+    """Gives the kernels as many threads as torch has. With as many processors each keeps to its own, the one that calls
+    this to the first."""
+    num_threads = torch.get_num_threads()
     is_pinned = len(cpus) == num_threads
     library.afd_start_threads(num_threads, (ctypes.c_int32 * num_threads)(*cpus) if is_pinned else None)
     if is_pinned:
@@ -165,9 +167,10 @@ class _Part(ctypes.Structure):
 class PackedFFN:
     """A layer's dense or shared FFN, and its routed experts from number `first` on; one call computes them all."""
 
-    def __init__(self, ops: NativeOps, parts: list[FFNWeights], first: int) -> None:
+    def __init__(self, ops: NativeOps, parts: list[FFNWeights], first: int, num_experts: int) -> None:
         self.ops = ops
         self.first = first
+        self.num_experts = num_experts
         self.weights = [(_pack_by_turns(part.gate, part.up), pack(part.down)) for part in parts]
         self.widths = [_padded(part.down.shape[1]) for part in parts]
         self._parts = (_Part * len(parts))(
@@ -181,23 +184,26 @@ class PackedFFN:
         num_rows, size = x.shape
         ids, weights = (routing.topk_ids, routing.topk_weights) if routing else (None, None)
         top_k = ids.shape[1] if ids is not None else 0
-        self.ops.library.afd_ffn(
+        is_unknown = self.ops.library.afd_ffn(
             x.data_ptr(),
             num_rows,
             size,
             self._parts,
             len(self.widths) - 1,
             self.first,
+            self.num_experts,
             ids.data_ptr() if ids is not None else None,
             weights.data_ptr() if weights is not None else None,
             top_k,
             self.ops.scratch(self._scratch_bytes(num_rows, size, top_k)),
             out.data_ptr(),
         )
+        if is_unknown and routing:
+            routing.checked(self.num_experts)
 
     def _scratch_bytes(self, num_rows: int, size: int, top_k: int) -> int:
         shared, routed = self.widths[0], max(self.widths[1:], default=0)
-        return num_rows * (4 * size + 8 * (1 + top_k) + 2 * (shared + top_k * routed))
+        return num_rows * (4 * size + 8 * (1 + top_k) + 4 * top_k + 2 * (shared + top_k * routed))
 
 
 class NativeOps:
@@ -217,11 +223,11 @@ class NativeOps:
         return PackedLinear(self.library, pack(weight), weight.shape[0])
 
     def dense_ffn(self, weights: FFNWeights) -> PackedFFN:
-        return PackedFFN(self, [weights], 0)
+        return PackedFFN(self, [weights], 0, 0)
 
-    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int) -> PackedFFN:
+    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int, num_experts: int) -> PackedFFN:
         routed = zip(experts.gate, experts.up, experts.down, strict=True)
-        return PackedFFN(self, [shared, *(FFNWeights(*weights) for weights in routed)], first)
+        return PackedFFN(self, [shared, *(FFNWeights(*weights) for weights in routed)], first, num_experts)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape) if out is None else out

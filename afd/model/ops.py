@@ -36,8 +36,8 @@ class Ops(Protocol):
 
     def dense_ffn(self, weights: FFNWeights) -> FFNLayer: ...
 
-    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int) -> FFNLayer:
-        """The shared expert, and the routed ones from number `first` on."""
+    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int, num_experts: int) -> FFNLayer:
+        """The shared expert, and of the num_experts routed ones those from number `first` on."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension; into `out` if given."""
@@ -63,9 +63,9 @@ class TorchOps:
     def dense_ffn(self, weights: FFNWeights) -> DenseFFN:
         return DenseFFN(_swiglu(weights.gate, weights.up, weights.down))
 
-    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int) -> MoEFFN:
+    def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int, num_experts: int) -> MoEFFN:
         routed = [_swiglu(*weights) for weights in zip(experts.gate, experts.up, experts.down, strict=True)]
-        return MoEFFN(Experts(first, routed), _swiglu(shared.gate, shared.up, shared.down))
+        return MoEFFN(num_experts, Experts(first, routed), _swiglu(shared.gate, shared.up, shared.down))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         return rms_norm(x, weight, eps, out)

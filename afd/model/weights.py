@@ -78,10 +78,11 @@ def load_attention(
     device: torch.device,
     progress: Progress,
     kernels: KernelsName = "auto",
+    cpus: tuple[int, ...] = (),
 ) -> AttentionStack:
     """The attention side: embedding, attention, norms, router and lm_head; no FFN weight is read."""
     config = checkpoint.config
-    ops = choose_ops(kernels, config, dtype, device)
+    ops = choose_ops(kernels, config, dtype, device, cpus)
     with WeightReader(checkpoint, dtype, device) as reader:
         layers = []
         for layer_idx in range(config.num_layers):
@@ -130,10 +131,11 @@ def load_ffn_shard(
     device: torch.device,
     progress: Progress,
     kernels: KernelsName = "auto",
+    cpus: tuple[int, ...] = (),
 ) -> FFNShard:
     """Shard `shard` of `num_shards`: a slice of the routed experts, and of every dense and shared FFN's columns."""
     config = checkpoint.config
-    ops = choose_ops(kernels, config, dtype, device)
+    ops = choose_ops(kernels, config, dtype, device, cpus)
     with WeightReader(checkpoint, dtype, device) as reader:
         layers: list[FFNLayer] = []
         for layer_idx in range(config.num_layers):
@@ -142,7 +144,11 @@ def load_ffn_shard(
                 experts = shard_slice(config.num_experts, shard, num_shards)
                 columns = shard_slice(config.share_expert_dim, shard, num_shards)
                 shared = reader.read_columns(prefix + "share_expert.", columns)
-                layers.append(ops.moe_ffn(shared, reader.read_experts(prefix + "moe.", experts), experts.start))
+                layers.append(
+                    ops.moe_ffn(
+                        shared, reader.read_experts(prefix + "moe.", experts), experts.start, config.num_experts
+                    )
+                )
             else:
                 columns = shard_slice(config.intermediate_size, shard, num_shards)
                 layers.append(ops.dense_ffn(reader.read_columns(prefix + "mlp.", columns)))

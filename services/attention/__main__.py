@@ -102,7 +102,7 @@ async def _decoder(
     config = checkpoint.config
     sweep()
     stack = await compute.run(
-        load_attention, checkpoint, dtype, device, loading_progress("attention"), settings.kernels
+        load_attention, checkpoint, dtype, device, loading_progress("attention"), settings.kernels, settings.cpus
     )
     num_slots = num_blocks * settings.block_size
     cache = await compute.run(KVCache.allocate, config.num_layers, num_slots, config.head_dim, dtype, device)
@@ -112,7 +112,9 @@ async def _decoder(
         ffn = await connector.connect_within(settings.startup_timeout_s, compute)
     else:
         progress = loading_progress("FFN")
-        shard = await compute.run(load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels)
+        shard = await compute.run(
+            load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels, settings.cpus
+        )
         ffn = LocalFFN(shard)
     return Decoder(stack, cache, ffn)
 

@@ -35,7 +35,7 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
     progress = loading_progress(f"FFN shard {shard}/{num_shards}")
     compute = ComputeThread(settings.threads, settings.cpus)
     ffn_shard = await compute.run(
-        load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress, settings.kernels
+        load_ffn_shard, checkpoint, shard, num_shards, dtype, device, progress, settings.kernels, settings.cpus
     )
     batcher = Batcher(ffn_shard, settings.max_frame_tokens, settings.handoff_spin_us / 1e6, device)
     batcher.start(compute)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from afd.compute import ComputeThread
-from afd.errors import AfdError, InternalError
+from afd.errors import AfdError, InternalError, InvalidRequest
 from afd.handoff.bell import Bell, pause
 from afd.handoff.frame import Frame, Timing
 from afd.model.ffn import FFNShard
@@ -173,10 +173,20 @@ class Batcher:
     def _compute_or_refuse(self, batch: list[QueuedFrame]) -> None:
         try:
             self._compute(batch)
+        except InvalidRequest as error:
+            self._find_invalid(batch, error)
         except Exception:
             log.exception("layer %d could not be computed", batch[0].frame.layer_idx)
             for queued in batch:
                 queued.endpoint.refuse(queued.frame.frame_id, InternalError("the FFN failed; its log has the reason"))
+
+    def _find_invalid(self, batch: list[QueuedFrame], error: InvalidRequest) -> None:
+        """Refuses the frame that cannot be; the others are computed one by one."""
+        if len(batch) == 1:
+            batch[0].endpoint.refuse(batch[0].frame.frame_id, error)
+        else:
+            for queued in batch:
+                self._compute_or_refuse([queued])
 
     def _compute(self, batch: list[QueuedFrame]) -> None:
         start_ns = time.perf_counter_ns()
@@ -209,13 +219,11 @@ def _echo(endpoint: Endpoint, probe: Frame) -> None:
 
 
 def _join(frames: list[Frame], device: torch.device) -> tuple[Tensor, Routing | None]:
-    if len(frames) == 1:
-        ffn_input, routing = frames[0].ffn_input, frames[0].routing
-    else:
-        ffn_input = torch.cat([frame.ffn_input for frame in frames])
-        routings = [frame.routing for frame in frames if frame.routing is not None]
-        topk_ids, topk_weights = [r.topk_ids for r in routings], [r.topk_weights for r in routings]
-        routing = Routing(torch.cat(topk_ids), torch.cat(topk_weights)) if routings else None
-    if routing is not None:
-        routing = Routing(routing.topk_ids.to(device), routing.topk_weights.to(device))
-    return ffn_input.to(device), routing
+    if len(frames) == 1 and device.type == "cpu":
+        return frames[0].ffn_input, frames[0].routing
+    ffn_input = torch.cat([frame.ffn_input for frame in frames]).to(device)
+    routings = [frame.routing for frame in frames if frame.routing is not None]
+    if not routings:
+        return ffn_input, None
+    topk_ids, topk_weights = [r.topk_ids for r in routings], [r.topk_weights for r in routings]
+    return ffn_input, Routing(torch.cat(topk_ids).to(device), torch.cat(topk_weights).to(device))

@@ -1,0 +1,60 @@
+"""Which cores of one machine the processes that compute get."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from afd.config import parse_cpus
+
+_SPIN_TURNS_US = 300  # about as long as the other side works, in case that it does on another core
+_SPIN_ALONE_US = 5000  # nobody else needs the core meanwhile
+
+
+class Cores(StrEnum):
+    """How attention and FFN divide the cores: `shared`, both have all of them and take turns, which suits any work;
+    `own`, each has its part and they work at the same time, which suits work that is balanced between them."""
+
+    shared = "shared"
+    own = "own"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The cores of each attention replica and of each FFN shard, in order: the thread that waits for the other side
+    keeps to the first one, so these differ where there are enough."""
+
+    attention: list[Sequence[int]]
+    ffn: list[Sequence[int]]
+    spin_us: int | None = None  # None: as the settings say
+
+    @classmethod
+    def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
+        are_enough = num_attention + num_ffn <= len(cpus)
+        if cores is Cores.shared:
+            spin_us = _SPIN_TURNS_US if are_enough else None
+            return cls(split(cpus, num_attention), split(cpus[::-1], num_ffn), spin_us)
+        parts = split(cpus, num_attention + num_ffn)
+        return cls(parts[:num_attention], parts[num_attention:], _SPIN_ALONE_US if are_enough else None)
+
+    def settings(self, cpus: Sequence[int]) -> dict[str, Any]:
+        """Of the process that has these cores."""
+        spin = {} if self.spin_us is None else {"handoff_spin_us": self.spin_us}
+        return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **spin}
+
+
+def split(cpus: Sequence[int], num_parts: int) -> list[Sequence[int]]:
+    """Contiguous parts of nearly equal size; where there are fewer cores than parts, each has one, and shares it."""
+    num = len(cpus)
+    if num_parts > num:
+        return [[cpus[part % num]] for part in range(num_parts)]
+    return [cpus[part * num // num_parts : (part + 1) * num // num_parts] for part in range(num_parts)]
+
+
+def usable_cpus() -> list[int]:
+    """What AFD_CPUS leaves of this machine, or all of it. Raises ValueError for what names no processors."""
+    wanted = os.environ.get("AFD_CPUS")
+    return list(parse_cpus(wanted) if wanted else sorted(os.sched_getaffinity(0)))

@@ -1,0 +1,76 @@
+"""Contenders that take turns in one run: on a machine whose speed changes within minutes only ratios within a round
+say anything."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from afd.bench import Load
+
+Contender = Callable[[Load], float]  # output tokens/s under a load
+
+
+@dataclass(frozen=True)
+class Row:
+    contender: str
+    load: Load
+    rounds: list[float]  # output tokens/s
+    ratio: float  # to the first contender: the median of the rounds' ratios
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def alternate(contenders: Mapping[str, Contender], loads: Sequence[Load], num_rounds: int, notes: Console) -> list[Row]:
+    """One row for each load and contender; a round before the first, in which everybody warms up, is not counted."""
+    rows: list[Row] = []
+    with Progress(console=notes, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(loads) * (num_rounds + 1) * len(contenders))
+        for load in loads:
+            rounds: dict[str, list[float]] = {name: [] for name in contenders}
+            for number in range(num_rounds + 1):
+                for name, contender in contenders.items():
+                    speed = contender(load)
+                    rounds[name] += [speed] if number else []
+                    progress.advance(task)
+            first = next(iter(rounds.values()))
+            rows += [Row(name, load, own, _ratio(own, first)) for name, own in rounds.items()]
+    return rows
+
+
+def _ratio(own: Sequence[float], first: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, first, strict=True))
+
+
+def report(title: str, rows: Sequence[Row], json_file: Path | None) -> Table:
+    """A table for people; the same as JSON, with every round, if a file is given."""
+    table = Table(title=title)
+    for heading in ("prompt", "streams", "contender", "tokens/s", "lowest", "highest", "ratio"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for row in rows:
+        speeds = (f"{speed:.1f}" for speed in (row.median, min(row.rounds), max(row.rounds)))
+        numbers = str(row.load.prompt_tokens), str(row.load.streams)
+        table.add_row(*numbers, row.contender, *speeds, f"{row.ratio:.2f}")
+    if json_file:
+        values = [
+            {
+                "contender": row.contender,
+                "streams": row.load.streams,
+                "prompt_tokens": row.load.prompt_tokens,
+                "output_tokens": row.load.output_tokens,
+                "output_throughput": row.rounds,
+                "ratio": row.ratio,
+            }
+            for row in rows
+        ]
+        json_file.write_text(json.dumps(values, indent=2) + "\n")
+    return table

@@ -1,0 +1,50 @@
+"""Who gets which cores."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afd.config import parse_cpus
+from afd.placement import Cores, Placement, split
+
+
+def test_sides_that_take_turns_have_all_cores_and_wait_on_different_ones() -> None:
+    placement = Placement.of(Cores.shared, 1, 1, [0, 1])
+    assert (placement.attention, placement.ffn) == ([[0, 1]], [[1, 0]])
+    assert placement.settings([1, 0]) == {"threads": 2, "cpus": "1,0", "handoff_spin_us": 300}
+
+
+def test_sides_with_their_own_cores_share_none() -> None:
+    placement = Placement.of(Cores.own, 1, 2, list(range(8)))
+    assert (placement.attention, placement.ffn) == ([[0, 1]], [[2, 3, 4], [5, 6, 7]])
+    assert placement.settings([0, 1])["handoff_spin_us"] == 5000
+
+
+@pytest.mark.parametrize("cores", list(Cores))
+def test_where_cores_are_few_each_process_has_one_and_does_not_hold_it_while_it_waits(cores: Cores) -> None:
+    placement = Placement.of(cores, 2, 3, [0, 1])
+    assert all(len(cpus) == 1 for cpus in [*placement.attention, *placement.ffn][cores is Cores.shared and 2 :])
+    assert "handoff_spin_us" not in placement.settings([0])
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_split_gives_every_part_a_core_and_every_core_a_part_of_about_equal_size(num: int, num_parts: int) -> None:
+    parts = split(range(num), num_parts)
+    assert len(parts) == num_parts
+    assert {cpu for part in parts for cpu in part} == set(range(min(num, max(num, num_parts))))
+    sizes = [len(part) for part in parts]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("3", (3,)), ("0,2-4", (0, 2, 3, 4)), ("1,0", (1, 0))])
+def test_processors_are_read_in_their_order(text: str, cpus: tuple[int, ...]) -> None:
+    assert parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize("text", ["", "a", "0,,1", "1-", "0-99999", "0,0", "3-1"])
+def test_what_names_no_processors_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give processors like 0 or 0,2-3"):
+        parse_cpus(text)
