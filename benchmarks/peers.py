@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.decode import speed
 from benchmarks.rounds import Contender, alternate, report
 
 _STOP_TIMEOUT_S = 30.0
+_LONGEST_RUN_S = 1800.0  # then vLLM is killed, and the run ends with a sentence
 
 
 @contextlib.contextmanager
@@ -35,6 +37,9 @@ def running_vllm(python: Path, model: Path) -> Iterator[Contender]:
     command = [str(python), str(Path(__file__).with_name("vllm_peer.py")), str(model)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        watch = threading.Timer(_LONGEST_RUN_S, os.killpg, (process.pid, signal.SIGKILL))
+        watch.daemon = True
+        watch.start()
 
         def ask(load: Load) -> float:
             assert process.stdin
@@ -44,11 +49,12 @@ def running_vllm(python: Path, model: Path) -> Iterator[Contender]:
             for line in process.stdout:
                 if line.startswith("tokens/s "):
                     return float(line.split()[1])
-            raise ConfigError("vLLM has ended; what it wrote above says why")
+            raise ConfigError("vLLM has ended or took too long; what it wrote above says why")
 
         try:
             yield ask
         finally:
+            watch.cancel()
             os.killpg(process.pid, signal.SIGKILL)  # it has workers that a signal to itself would leave behind
             process.wait(_STOP_TIMEOUT_S)
 
