@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from afd.errors import ConfigError, InvalidRequest
 from afd.model import native
 from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation, rms_norm
+from afd.model.mfa import AttentionBatch
 from afd.model.moe import Routing
 from afd.model.native import NativeOps, choose_ops
-from afd.model.ops import FFNWeights, TorchOps
+from afd.model.ops import AttentionWeights, FFNWeights, TorchOps
 from afd.model.random_checkpoint import ModelSizes
 from tests.test_model import CONTEXT, serve, served_logits
 
@@ -88,54 +90,129 @@ def test_rms_norm_is_that_of_torch(ops: NativeOps, num_rows: int, size: int, see
     assert_near(ops.rms_norm(x, weight, 1e-5), rms_norm(x, weight.double(), 1e-5).double())
 
 
-@needs_kernels
-@any_sizes
-@given(st.integers(1, 9), st.integers(1, 20), multiples, st.integers(0, 99))
-def test_rotation_and_cache_are_those_of_torch(ops: NativeOps, num: int, heads: int, size: int, seed: int) -> None:
-    random = Random(seed)
-    q, kv = random.bfloat16(num, heads, size), random.bfloat16(num, 2 * size)
-    rotation, slots = Rotation.at(random.integers(5000, num), size, 1e4), torch.randperm(2 * num)[:num]
-    results = []
-    for each in (ops, TorchOps()):
-        keys, values = torch.zeros(2, 2 * num, size, dtype=torch.bfloat16).unbind()
-        rotated = each.rotate_and_cache(q.clone(), kv[:, :size], kv[:, size:], rotation, slots, keys, values)
-        results.append((rotated, keys, values))
-    for actual, expected in zip(*results, strict=True):
-        assert_near(actual, expected.double())
+NUM_SLOTS = 400
 
 
-@needs_kernels
-@any_sizes
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(1, 40), multiples, st.integers(0, 99))
-def test_decode_attention_is_that_of_the_definition(
-    ops: NativeOps, lengths: list[int], heads: int, size: int, seed: int
-) -> None:
-    random = Random(seed)
-    q = random.bfloat16(len(lengths), heads, size)
-    keys, values = random.bfloat16(2, 200, size).unbind()
-    slots = random.integers(200, len(lengths), max(lengths))
-    actual = ops.decode_attention(q, keys, values, DecodeContext(slots, torch.tensor(lengths)))
-    for row, length in enumerate(lengths):
-        k, v = keys[slots[row, :length]].double(), values[slots[row, :length]].double()
-        probs = (q[row].double() @ k.T / math.sqrt(size)).softmax(dim=-1)
-        assert_near(actual[row], probs @ v)
+def attention_weights(random: Random, size: int, q_dim: int, heads: int, head_dim: int) -> AttentionWeights:
+    def weight(num_out: int, num_in: int) -> Tensor:
+        return random.bfloat16(num_out, num_in) / math.sqrt(num_in)
 
-
-@needs_kernels
-@any_sizes
-@given(st.integers(0, 70), st.integers(1, 30), st.integers(1, 40), multiples, st.integers(0, 99))
-def test_prefill_attention_looks_at_nothing_that_comes_later(
-    ops: NativeOps, num_before: int, num_new: int, heads: int, size: int, seed: int
-) -> None:
-    random = Random(seed)
-    q = random.bfloat16(num_new, heads, size)
-    keys, values = random.bfloat16(2, 200, size).unbind()
-    slots, lengths = random.integers(200, num_before + num_new), torch.arange(num_before, num_before + num_new) + 1
-    chunk = PrefillChunk(0, num_new, slots, lengths)
-    assert_near(
-        ops.prefill_attention(q, keys, values, chunk),
-        TorchOps().prefill_attention(q.double(), keys.double(), values.double(), chunk),
+    return AttentionWeights(
+        input_norm=random.bfloat16(size),
+        qkv_proj=weight(q_dim + 2 * head_dim, size),
+        inter_norm=random.bfloat16(q_dim),
+        wq=weight(heads * head_dim, q_dim),
+        o_proj=weight(size, heads * head_dim),
+        post_attention_norm=random.bfloat16(size),
+        gate=weight(19, size),
+        head_dim=head_dim,
+        eps=1e-5,
+        top_k=4,
+        renormalise=False,
     )
+
+
+def attention_batch(
+    random: Random, decoding: list[int], prefilling: list[tuple[int, int]], head_dim: int
+) -> AttentionBatch:
+    """Sequences of so many tokens that get one more, and chunks of so many new tokens after so many; no slot is in use
+    twice."""
+    free = iter(torch.randperm(NUM_SLOTS, generator=random.generator).split(1))
+
+    def take(number: int) -> Tensor:
+        return torch.cat([next(free) for _ in range(number)])
+
+    contexts = [take(length + 1) for length in decoding]
+    longest = max(map(len, contexts), default=0)
+    padded = [torch.cat((context, context[-1:].expand(longest - len(context)))) for context in contexts]
+    new_slots, positions, chunks, row = [context[-1:] for context in contexts], list(decoding), [], len(decoding)
+    for num_before, num_new in prefilling:
+        slots = take(num_before + num_new)
+        chunks.append(PrefillChunk(row, row + num_new, slots, torch.arange(num_before, num_before + num_new) + 1))
+        new_slots.append(slots[num_before:])
+        positions += range(num_before, num_before + num_new)
+        row += num_new
+    return AttentionBatch(
+        Rotation.at(torch.tensor(positions), head_dim, 1e4),
+        torch.cat(new_slots),
+        DecodeContext(torch.stack(padded) if padded else torch.zeros(0, 0).long(), torch.tensor(decoding).long() + 1),
+        tuple(chunks),
+    )
+
+
+def in_double(weights: AttentionWeights) -> AttentionWeights:
+    fields = {name: getattr(weights, name) for name in weights.__dataclass_fields__}
+    return AttentionWeights(**{name: x.double() if isinstance(x, Tensor) else x for name, x in fields.items()})
+
+
+@needs_kernels
+@any_sizes
+@given(
+    st.lists(st.integers(0, 50), max_size=3),
+    st.lists(st.tuples(st.integers(0, 30), st.integers(2, 40)), max_size=2),
+    st.tuples(multiples, multiples, st.integers(1, 40), multiples),
+    st.integers(0, 99),
+)
+def test_attention_layer_is_that_of_torch(
+    ops: NativeOps,
+    decoding: list[int],
+    prefilling: list[tuple[int, int]],
+    sizes: tuple[int, int, int, int],
+    seed: int,
+) -> None:
+    random, (size, head_dim) = Random(seed), (sizes[0], sizes[3])
+    if not decoding and not prefilling:
+        decoding = [3]
+    weights, batch = attention_weights(random, *sizes), attention_batch(random, decoding, prefilling, head_dim)
+    hidden_states = random.bfloat16(len(batch.new_slots), size)
+    keys, values = random.bfloat16(2, NUM_SLOTS, head_dim).unbind()
+    expected_keys, expected_values = keys.double(), values.double()
+    reference = TorchOps().attention_layer(in_double(weights))
+    expected, expected_input, _ = reference.attend(hidden_states.double(), expected_keys, expected_values, batch)
+    after, ffn_input, routing = ops.attention_layer(weights).attend(hidden_states, keys, values, batch)
+    for actual, reference_tensor in ((keys, expected_keys), (values, expected_values), (after, expected)):
+        assert_near(actual, reference_tensor, 3)
+    assert_near(ffn_input, rms_norm(after.double(), weights.post_attention_norm.double(), weights.eps).double())
+    assert_near(ffn_input, expected_input, 6)
+    assert_routed(routing, ffn_input, weights)
+
+
+def assert_routed(routing: Routing | None, ffn_input: Tensor, weights: AttentionWeights) -> None:
+    """The likeliest experts with their probabilities, but for the order of those that are as likely."""
+    assert routing is not None
+    assert weights.gate is not None
+    probs = (ffn_input.double() @ weights.gate.double().T).softmax(dim=-1)
+    likeliest, _ = probs.topk(weights.top_k)
+    chosen = probs.gather(1, routing.topk_ids.long())
+    if weights.renormalise:
+        likeliest, chosen = (part / chosen.sum(dim=-1, keepdim=True) for part in (likeliest, chosen))
+    for actual in (routing.topk_weights.double(), chosen):
+        torch.testing.assert_close(actual, likeliest, rtol=1e-4, atol=1e-6)
+    assert all(len(set(row)) == weights.top_k for row in routing.topk_ids.tolist())
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_rows", [1, 12, 13, 40])
+def test_layer_writes_where_it_is_told_to(ops: NativeOps, num_rows: int) -> None:
+    random = Random(num_rows)
+    weights = replace(attention_weights(random, 64, 32, 3, 32), renormalise=True)
+    batch = attention_batch(random, [5] * num_rows, [], 32)
+    keys, values = random.bfloat16(2, NUM_SLOTS, 32).unbind()
+    out = (
+        torch.empty(num_rows, 64, dtype=torch.bfloat16),
+        Routing(torch.empty(num_rows, 4).int(), torch.empty(num_rows, 4)),
+    )
+    _, ffn_input, routing = ops.attention_layer(weights).attend(random.bfloat16(num_rows, 64), keys, values, batch, out)
+    assert (ffn_input, routing) == out
+    assert_routed(routing, ffn_input, weights)
+
+
+@needs_kernels
+def test_dense_layer_routes_nothing(ops: NativeOps) -> None:
+    random = Random(0)
+    weights, batch = replace(attention_weights(random, 32, 32, 1, 32), gate=None), attention_batch(random, [1], [], 32)
+    keys, values = random.bfloat16(2, NUM_SLOTS, 32).unbind()
+    assert ops.attention_layer(weights).attend(random.bfloat16(1, 32), keys, values, batch)[2] is None
 
 
 @needs_kernels
@@ -211,10 +288,13 @@ def test_a_number_that_is_none_does_not_become_one(ops: NativeOps) -> None:
     assert out.isnan().all()
     assert ops.linear(random.bfloat16(16, 32))(nan).isnan().all()
     assert ops.rms_norm(nan, random.bfloat16(32), 1e-5).isnan().all()
-    context = DecodeContext(torch.tensor([[0, 1]]), torch.tensor([2]))
-    keys, values = random.bfloat16(2, 2, 32).unbind()
-    keys[1, 5] = math.nan
-    assert ops.decode_attention(random.bfloat16(1, 2, 32), keys, values, context).isnan().all()
+    weights, batch = attention_weights(random, 32, 32, 2, 32), attention_batch(random, [1], [], 32)
+    keys, values = random.bfloat16(2, NUM_SLOTS, 32).unbind()
+    keys[batch.decode.slots[0, 0], 5] = math.nan
+    after, ffn_input, routing = ops.attention_layer(weights).attend(random.bfloat16(1, 32), keys, values, batch)
+    assert routing is not None
+    assert all(tensor.isnan().all() for tensor in (after, ffn_input, routing.topk_weights))
+    assert sorted(set(routing.topk_ids.flatten().tolist())) == [0, 1, 2, 3]  # experts that there are, even so
 
 
 def test_without_a_compiler_torchs_own_operations_serve(monkeypatch: pytest.MonkeyPatch) -> None:

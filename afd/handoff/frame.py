@@ -83,8 +83,8 @@ class FFN(Protocol):
     def transport_names(self) -> tuple[str, ...]:
         """How frames get to each shard; empty where the FFN is in this process."""
 
-    def buffer(self, batch: InFlight) -> Tensor | None:
-        """Where ffn_input [T, D] is best written, so that it need not be copied; None: anywhere."""
+    def buffer(self, batch: InFlight) -> tuple[Tensor, Routing] | None:
+        """Where ffn_input [T, D] and routing are best written, so that they need not be copied; None: anywhere."""
 
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
         """Hands one layer of a microbatch over; returns before it is computed where that is possible."""

@@ -58,7 +58,7 @@ class RemoteFFN:
     def transport_names(self) -> tuple[str, ...]:
         return tuple(transport.name for transport in self.transports)
 
-    def buffer(self, batch: InFlight) -> Tensor | None:
+    def buffer(self, batch: InFlight) -> tuple[Tensor, Routing] | None:
         return self.frames.buffer(batch.slot, batch.num_tokens) if self.device.type == "cpu" else None
 
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:

@@ -15,6 +15,7 @@ import mmap
 import struct
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,6 +108,10 @@ class FrameParts:
     scales: Tensor  # [T] float32, with FP8 only
     ffn_input: Tensor  # [T, D]
 
+    @cached_property
+    def routing(self) -> Routing:
+        return Routing(self.topk_ids, self.topk_weights)
+
 
 class FrameSlots:
     """Frames on their way out. Attention writes; the FFN reads."""
@@ -116,9 +121,10 @@ class FrameSlots:
         self.shape = shape
         self._parts: dict[tuple[int, int], FrameParts] = {}  # by slot and number of tokens
 
-    def buffer(self, slot: int, num_tokens: int) -> Tensor | None:
-        """Where ffn_input goes as it is; None where it is encoded first."""
-        return None if self.shape.frame_dtype is FP8 else self.parts(slot, num_tokens).ffn_input
+    def buffer(self, slot: int, num_tokens: int) -> tuple[Tensor, Routing] | None:
+        """Where ffn_input and routing go as they are; None where ffn_input is encoded first."""
+        parts = self.parts(slot, num_tokens)
+        return None if self.shape.frame_dtype is FP8 else (parts.ffn_input, parts.routing)
 
     def write(self, frame: Frame) -> None:
         """Fills the frame's slot, and posts it: from then on whoever looks may read it."""
@@ -156,7 +162,7 @@ class FrameSlots:
             slot=slot,
             layer_idx=layer_idx,
             ffn_input=self._ffn_input(parts),
-            routing=Routing(parts.topk_ids, parts.topk_weights) if has_routing else None,
+            routing=parts.routing if has_routing else None,
             traceparent=traceparent.rstrip(b"\0").decode("ascii", "replace"),
             is_probe=is_probe,
         )
@@ -182,7 +188,7 @@ class FrameSlots:
                 part.copy_(value)
         elif parts.ffn_input.data_ptr() != frame.ffn_input.data_ptr():
             parts.ffn_input.copy_(frame.ffn_input)
-        if frame.routing is not None:
+        if frame.routing is not None and frame.routing is not parts.routing:
             parts.topk_ids.copy_(frame.routing.topk_ids)
             parts.topk_weights.copy_(frame.routing.topk_weights)
 

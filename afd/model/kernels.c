@@ -27,7 +27,7 @@
 #error "this processor has no AVX512-BF16"
 #endif
 
-enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096, TASK_BLOCKS = 4, LOOK_OUT_NS = 50000 };
+enum { LANES = 16, TILE = 12, PREFETCH_BYTES = 4096, TASK_BLOCKS = 4, TASK_ROWS = 16, LOOK_OUT_NS = 50000 };
 
 typedef uint16_t bf16;
 
@@ -103,7 +103,7 @@ long afd_start_threads(long num_threads, const int32_t *cpus) {
 
 /* Returns when all tasks are done. Who begins late takes fewer of them, so nobody waits for a thread to wake up. */
 static void run(Task task, const void *arguments, long num_tasks) {
-    if (team.num_threads == 1) {
+    if (team.num_threads == 1 || num_tasks == 1) {
         for (long number = 0; number < num_tasks; number++) task(arguments, number);
         return;
     }
@@ -119,8 +119,8 @@ static void run(Task task, const void *arguments, long num_tasks) {
 
 static inline long parts_of(long total, long size) { return (total + size - 1) / size; }
 
-/* The blocks of a task that has up to `size` of `total` ones. */
-#define EACH_BLOCK(n, number, size, total)                                                                             \
+/* What a task does that has up to `size` of `total` things. */
+#define EACH(n, number, size, total)                                                                             \
     for (long n = (number) * (size); n < (number) * (size) + (size) && n < (total); n++)
 
 /* ---- Arithmetic. ---- */
@@ -160,7 +160,7 @@ tile(const bf16 *const *x, const bf16 *w, long inputs, __m512 *y, int num_rows, 
 #pragma GCC unroll 8
         for (int s = 0; s < num_sums; s++) {
             const bf16 *pairs = w + (k + 2 * s) * LANES;
-            __builtin_prefetch((const char *)pairs + PREFETCH_BYTES, 0, 3);
+            __builtin_prefetch((const char *)pairs + PREFETCH_BYTES, 0, 0);
             __m512bh weights = (__m512bh)_mm512_loadu_si512(pairs);
 #pragma GCC unroll 12
             for (int m = 0; m < num_rows; m++) {
@@ -197,38 +197,62 @@ typedef struct {
     long rows, x_stride;
     const bf16 *w;
     long inputs, outputs;
+    const bf16 *residual; /* [rows, outputs] added to the product, or NULL */
     bf16 *y;
 } Linear;
 
 static void linear(const void *arguments, long number) {
     const Linear *a = arguments;
-    EACH_BLOCK(n, number, TASK_BLOCKS, a->outputs / LANES) {
+    EACH(n, number, TASK_BLOCKS, a->outputs / LANES) {
         for (long first = 0; first < a->rows; first += TILE) {
             int num_rows = smaller(a->rows - first, TILE);
             const bf16 *rows[TILE];
             __m512 out[TILE];
             for (int m = 0; m < TILE; m++) rows[m] = a->x + (first + (m < num_rows ? m : 0)) * a->x_stride;
             block(rows, num_rows, a->w + n * LANES * a->inputs, a->inputs, out);
-            for (int m = 0; m < num_rows; m++) store_bf16(a->y + (first + m) * a->outputs + n * LANES, out[m]);
+            for (int m = 0; m < num_rows; m++) {
+                long offset = (first + m) * a->outputs + n * LANES;
+                if (a->residual) out[m] = _mm512_add_ps(out[m], load_bf16(a->residual + offset));
+                store_bf16(a->y + offset, out[m]);
+            }
         }
     }
 }
 
+static void run_linear(Linear arguments) { run(linear, &arguments, parts_of(arguments.outputs / LANES, TASK_BLOCKS)); }
+
 /* y [rows, outputs] = x [rows, inputs] w^T */
 void afd_linear(const bf16 *x, long rows, long x_stride, const bf16 *w, long inputs, long outputs, bf16 *y) {
-    long num_tasks = parts_of(outputs / LANES, TASK_BLOCKS);
-    run(linear, &(Linear){x, rows, x_stride, w, inputs, outputs, y}, num_tasks);
+    run_linear((Linear){x, rows, x_stride, w, inputs, outputs, NULL, y});
 }
+
+typedef struct {
+    const bf16 *x;
+    long rows, x_stride, size;
+    const bf16 *weight;
+    float eps;
+    bf16 *y;
+    long y_stride;
+} RmsNorm;
+
+static void rms_norm(const void *arguments, long number) {
+    const RmsNorm *a = arguments;
+    EACH(row, number, TASK_ROWS, a->rows) {
+        const bf16 *x = a->x + row * a->x_stride;
+        bf16 *y = a->y + row * a->y_stride;
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = 0; i < a->size; i += LANES) squares = _mm512_fmadd_ps(load_bf16(x + i), load_bf16(x + i), squares);
+        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)a->size + a->eps));
+        for (long i = 0; i < a->size; i += LANES)
+            store_bf16(y + i, _mm512_mul_ps(_mm512_mul_ps(load_bf16(x + i), scale), load_bf16(a->weight + i)));
+    }
+}
+
+static void run_rms_norm(RmsNorm arguments) { run(rms_norm, &arguments, parts_of(arguments.rows, TASK_ROWS)); }
 
 /* y [rows, size] = x / sqrt(mean(x^2) + eps) * weight */
 void afd_rms_norm(const bf16 *x, long rows, long x_stride, long size, const bf16 *weight, float eps, bf16 *y) {
-    for (long row = 0; row < rows; row++, x += x_stride, y += size) {
-        __m512 squares = _mm512_setzero_ps();
-        for (long i = 0; i < size; i += LANES) squares = _mm512_fmadd_ps(load_bf16(x + i), load_bf16(x + i), squares);
-        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)size + eps));
-        for (long i = 0; i < size; i += LANES)
-            store_bf16(y + i, _mm512_mul_ps(_mm512_mul_ps(load_bf16(x + i), scale), load_bf16(weight + i)));
-    }
+    run_rms_norm((RmsNorm){x, rows, x_stride, size, weight, eps, y, size});
 }
 
 /* One head, half-split: pairs are (i, i + size / 2); the sines of the first half are negative. */
@@ -240,17 +264,27 @@ static void rotate(const bf16 *x, const float *cosines, const float *sines, long
     }
 }
 
+typedef struct {
+    bf16 *q;
+    const bf16 *k, *v;
+    long rows, kv_stride, heads, size;
+    const float *cosines, *sines;
+    const int64_t *slots;
+    bf16 *keys, *values;
+} RotateAndCache;
+
 /* Rotates each row's query heads in place, and puts its rotated key and its value where the cache has them. */
-void afd_rotate_and_cache(bf16 *q, const bf16 *k, const bf16 *v, long rows, long kv_stride, long heads, long size,
-                          const float *cosines, const float *sines, const int64_t *slots, bf16 *keys, bf16 *values) {
-    for (long row = 0; row < rows; row++, k += kv_stride, v += kv_stride, cosines += size, sines += size) {
-        bf16 turned[size];
-        for (long head = 0; head < heads; head++, q += size) {
-            rotate(q, cosines, sines, size, turned);
+static void rotate_and_cache(const void *arguments, long number) {
+    const RotateAndCache *a = arguments;
+    EACH(row, number, TASK_ROWS, a->rows) {
+        const float *cosines = a->cosines + row * a->size, *sines = a->sines + row * a->size;
+        bf16 turned[a->size];
+        for (bf16 *q = a->q + row * a->heads * a->size; q < a->q + (row + 1) * a->heads * a->size; q += a->size) {
+            rotate(q, cosines, sines, a->size, turned);
             memcpy(q, turned, sizeof turned);
         }
-        rotate(k, cosines, sines, size, keys + slots[row] * size);
-        memcpy(values + slots[row] * size, v, sizeof turned);
+        rotate(a->k + row * a->kv_stride, cosines, sines, a->size, a->keys + a->slots[row] * a->size);
+        memcpy(a->values + a->slots[row] * a->size, a->v + row * a->kv_stride, sizeof turned);
     }
 }
 
@@ -319,17 +353,16 @@ typedef struct {
     const bf16 *q;
     long rows, heads, size;
     const bf16 *keys, *values;
-    const int64_t *slots;
-    long slots_stride;
-    const int64_t *lengths;
+    const int64_t *slots, *starts, *lengths; /* a row's context: `length` slots from `start` on */
     bf16 *y;
 } Attention;
 
+/* Attention of one row, LANES of its heads, to its context, which all heads share. */
 static void attention(const void *arguments, long number) {
     const Attention *a = arguments;
     long groups = parts_of(a->heads, LANES), size = a->size;
     long row = number / groups, head = number % groups * LANES, offset = (row * a->heads + head) * size;
-    const int64_t *slots = a->slots + row * a->slots_stride;
+    const int64_t *slots = a->slots + a->starts[row];
     float *scores = malloc((size_t)a->lengths[row] * LANES * sizeof *scores), sums[LANES];
     bf16 packed[LANES * size];
     pack_heads(a->q + offset, a->heads - head, size, packed);
@@ -338,12 +371,96 @@ static void attention(const void *arguments, long number) {
     free(scores);
 }
 
-/* y [rows, heads, size]: attention of each row of q to its context, which all heads share: the first `lengths` of its
-   row of slots. */
-void afd_attention(const bf16 *q, long rows, long heads, long size, const bf16 *keys, const bf16 *values,
-                   const int64_t *slots, long slots_stride, const int64_t *lengths, bf16 *y) {
-    Attention arguments = {q, rows, heads, size, keys, values, slots, slots_stride, lengths, y};
-    run(attention, &arguments, rows * parts_of(heads, LANES));
+typedef struct {
+    const bf16 *x;
+    long rows, size;
+    const bf16 *gate;
+    long num_experts, top_k, renormalise;
+    int32_t *ids;   /* [rows, top_k] */
+    float *weights; /* [rows, top_k] */
+} Router;
+
+/* The top_k likeliest of a row, likeliest first; probs is -1 afterwards where one was taken. */
+static void choose(const Router *a, float *probs, int32_t *ids, float *weights) {
+    float sum = 0.0f;
+    for (long k = 0; k < a->top_k; k++) {
+        long best = -1;
+        for (long e = 0; e < a->num_experts; e++)
+            if (probs[e] != -1.0f && (best < 0 || probs[e] > probs[best])) best = e;
+        ids[k] = (int32_t)best, weights[k] = probs[best];
+        sum += probs[best];
+        probs[best] = -1.0f;
+    }
+    for (long k = 0; a->renormalise && k < a->top_k; k++) weights[k] /= sum;
+}
+
+/* Softmax over all experts, then the top ones, of TILE rows. */
+static void router(const void *arguments, long number) {
+    const Router *a = arguments;
+    long first = number * TILE, padded = parts_of(a->num_experts, LANES) * LANES;
+    int num_rows = smaller(a->rows - first, TILE);
+    const bf16 *rows[TILE];
+    float probs[TILE][padded];
+    for (int m = 0; m < TILE; m++) rows[m] = a->x + (first + (m < num_rows ? m : 0)) * a->size;
+    for (long e = 0; e < padded; e += LANES) {
+        __m512 out[TILE];
+        block(rows, num_rows, a->gate + e * a->size, a->size, out);
+        for (int m = 0; m < num_rows; m++) _mm512_storeu_ps(probs[m] + e, out[m]);
+    }
+    for (int m = 0; m < num_rows; m++) {
+        __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (long e = a->num_experts; e < padded; e++) probs[m][e] = -INFINITY;
+        for (long e = 0; e < padded; e += LANES) largest = _mm512_max_ps(largest, _mm512_loadu_ps(probs[m] + e));
+        largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+        for (long e = 0; e < padded; e += LANES) {
+            __m512 p = exponential(_mm512_sub_ps(_mm512_loadu_ps(probs[m] + e), largest));
+            sum = _mm512_add_ps(sum, p);
+            _mm512_storeu_ps(probs[m] + e, p);
+        }
+        __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+        for (long e = 0; e < padded; e += LANES)
+            _mm512_storeu_ps(probs[m] + e, _mm512_div_ps(_mm512_loadu_ps(probs[m] + e), total));
+        choose(a, probs[m], a->ids + (first + m) * a->top_k, a->weights + (first + m) * a->top_k);
+    }
+}
+
+/* A layer up to the handoff. Sizes: of the hidden states, the low-rank query, a head. */
+typedef struct {
+    const bf16 *input_norm, *qkv, *inter_norm, *wq, *o_proj, *post_attention_norm, *gate; /* no gate: a dense layer */
+    long size, q_size, heads, head_size, num_experts, top_k, renormalise;
+    float eps;
+} AttentionLayer;
+
+/* What attention must know of `rows` tokens. */
+typedef struct {
+    long rows;
+    const float *cosines, *sines;
+    const int64_t *new_slots, *slots, *starts, *lengths;
+} AttentionBatch;
+
+/* hidden [rows, size] becomes after: with attention added; ffn_input, ids and weights are what the FFN gets of it.
+   keys and values are the layer's cache; scratch has room for [rows, size + q_size + 2 * head_size + 2 * heads *
+   head_size]. */
+void afd_attend(const AttentionLayer *layer, const AttentionBatch *batch, const bf16 *hidden, bf16 *keys, bf16 *values,
+                bf16 *scratch, bf16 *after, bf16 *ffn_input, int32_t *ids, float *weights) {
+    long rows = batch->rows, size = layer->size, head_size = layer->head_size;
+    long q_size = layer->q_size, qkv_size = q_size + 2 * head_size, heads_size = layer->heads * head_size;
+    bf16 *normed = scratch, *qkv = normed + rows * size, *q = qkv + rows * qkv_size, *attended = q + rows * heads_size;
+    bf16 *k = qkv + q_size, *v = k + head_size;
+    run_rms_norm((RmsNorm){hidden, rows, size, size, layer->input_norm, layer->eps, normed, size});
+    run_linear((Linear){normed, rows, size, layer->qkv, size, qkv_size, NULL, qkv});
+    run_rms_norm((RmsNorm){qkv, rows, qkv_size, q_size, layer->inter_norm, layer->eps, qkv, qkv_size});
+    run_linear((Linear){qkv, rows, qkv_size, layer->wq, q_size, heads_size, NULL, q});
+    RotateAndCache placed = {q, k, v, rows, qkv_size, layer->heads, head_size,
+                             batch->cosines, batch->sines, batch->new_slots, keys, values};
+    run(rotate_and_cache, &placed, parts_of(rows, TASK_ROWS));
+    Attention core = {q, rows, layer->heads, head_size, keys, values, batch->slots, batch->starts, batch->lengths, attended};
+    run(attention, &core, rows * parts_of(layer->heads, LANES));
+    run_linear((Linear){attended, rows, heads_size, layer->o_proj, heads_size, size, hidden, after});
+    run_rms_norm((RmsNorm){after, rows, size, size, layer->post_attention_norm, layer->eps, ffn_input, size});
+    if (!layer->gate) return;
+    Router routing = {ffn_input, rows, size, layer->gate, layer->num_experts, layer->top_k, layer->renormalise, ids, weights};
+    run(router, &routing, parts_of(rows, TILE));
 }
 
 /* down(silu(gate x) * up x) of some rows: an expert with those that chose it, or a dense or shared FFN with all. */
@@ -396,7 +513,7 @@ static void gate_up(const void *arguments, long number) {
     const Ffn *a = arguments;
     const Part *part = a->parts + number / a->tasks_per_part;
     if (!part->num_rows) return;
-    EACH_BLOCK(n, number % a->tasks_per_part, TASK_BLOCKS, part->width / LANES) {
+    EACH(n, number % a->tasks_per_part, TASK_BLOCKS, part->width / LANES) {
         const bf16 *gate = part->gate_up + n * 2 * LANES * a->size, *up = gate + LANES * a->size;
         for (long first = 0; first < part->num_rows; first += TILE) {
             int num_rows = smaller(part->num_rows - first, TILE);
@@ -430,11 +547,11 @@ static void add_down(const Part *part, long n, float *sums, long size) {
 /* Some columns of the output, of all parts. */
 static void down(const void *arguments, long number) {
     const Ffn *a = arguments;
-    EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES)
+    EACH(n, number, TASK_BLOCKS, a->size / LANES)
         for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) _mm512_storeu_ps(a->sums + i, _mm512_setzero_ps());
     for (const Part *part = a->parts; part < a->parts + a->num_parts; part++)
-        EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES) add_down(part, n, a->sums, a->size);
-    EACH_BLOCK(n, number, TASK_BLOCKS, a->size / LANES)
+        EACH(n, number, TASK_BLOCKS, a->size / LANES) add_down(part, n, a->sums, a->size);
+    EACH(n, number, TASK_BLOCKS, a->size / LANES)
         for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) store_bf16(a->y + i, _mm512_loadu_ps(a->sums + i));
 }
 

@@ -1,7 +1,7 @@
 """The kernels of `kernels.c`: compiled where a service starts, if the processor has AVX512-BF16 and there is a C
 compiler. They compute what `ops.TorchOps` does, in bfloat16, and several times as fast (docs/performance.md).
 
-T tokens, D hidden size, H query heads, d head size, S sequences, E experts, K experts per token, I width of an FFN.
+T tokens, D hidden size, E experts, K experts per token, I width of an FFN.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from torch import Tensor
 
 from afd.errors import ConfigError
 from afd.model.config import ModelConfig
-from afd.model.kv_cache import DecodeContext, PrefillChunk
-from afd.model.layers import Rotation
+from afd.model.mfa import AttentionBatch
 from afd.model.moe import Routing
-from afd.model.ops import FFNWeights, Ops, TorchOps
+from afd.model.ops import AttentionWeights, FFNWeights, Ops, TorchOps
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +96,7 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
         "afd_start_threads": [n, p],
         "afd_linear": [p, n, n, p, n, n, p],
         "afd_rms_norm": [p, n, n, n, p, f, p],
-        "afd_rotate_and_cache": [p, p, p, n, n, n, n, p, p, p, p, p],
-        "afd_attention": [p, n, n, n, p, p, p, n, p, p],
+        "afd_attend": [p, p, p, p, p, p, p, p, p, p],
         "afd_ffn": [p, n, n, p, n, n, n, p, p, n, p, p],
     }
     for name, arguments in signatures.items():
@@ -148,6 +146,107 @@ class PackedLinear:
             x.data_ptr(), x.shape[0], x.stride(0), self.weight.data_ptr(), 2 * num_pairs, y.shape[1], y.data_ptr()
         )
         return y[:, : self.num_out]
+
+
+class _Batch(ctypes.Structure):
+    """`AttentionBatch` as in `kernels.c`."""
+
+    _fields_ = (
+        ("rows", _LONG),
+        ("cosines", _POINTER),
+        ("sines", _POINTER),
+        ("new_slots", _POINTER),
+        ("slots", _POINTER),
+        ("starts", _POINTER),
+        ("lengths", _POINTER),
+    )
+
+    @classmethod
+    def of(cls, batch: AttentionBatch) -> _Batch:
+        tensors = (batch.rotation.cos, batch.rotation.sin, batch.new_slots, *batch.row_contexts)
+        return cls(len(batch.new_slots), *(tensor.data_ptr() for tensor in tensors))
+
+
+class _Layer(ctypes.Structure):
+    """`AttentionLayer` as in `kernels.c`."""
+
+    _fields_ = (
+        ("input_norm", _POINTER),
+        ("qkv", _POINTER),
+        ("inter_norm", _POINTER),
+        ("wq", _POINTER),
+        ("o_proj", _POINTER),
+        ("post_attention_norm", _POINTER),
+        ("gate", _POINTER),
+        ("size", _LONG),
+        ("q_size", _LONG),
+        ("heads", _LONG),
+        ("head_size", _LONG),
+        ("num_experts", _LONG),
+        ("top_k", _LONG),
+        ("renormalise", _LONG),
+        ("eps", _FLOAT),
+    )
+
+
+class PackedAttentionLayer:
+    """A layer up to the handoff in one call."""
+
+    def __init__(self, ops: NativeOps, weights: AttentionWeights) -> None:
+        self.ops = ops
+        self.top_k = weights.top_k
+        self.is_moe = weights.gate is not None
+        q_size, heads_size = weights.inter_norm.shape[0], weights.wq.shape[0]
+        self.scratch_bytes_per_row = 2 * (weights.qkv_proj.shape[0] + weights.qkv_proj.shape[1] + 2 * heads_size)
+        self._tensors = [  # alive as long as this is
+            weights.input_norm,
+            pack(weights.qkv_proj),
+            weights.inter_norm,
+            pack(weights.wq),
+            pack(weights.o_proj),
+            weights.post_attention_norm,
+            *([] if weights.gate is None else [pack(weights.gate)]),
+        ]
+        self._layer = _Layer(
+            *([tensor.data_ptr() for tensor in self._tensors] + [None] * (not self.is_moe)),
+            weights.o_proj.shape[0],
+            q_size,
+            heads_size // weights.head_dim,
+            weights.head_dim,
+            0 if weights.gate is None else weights.gate.shape[0],
+            weights.top_k,
+            weights.renormalise,
+            weights.eps,
+        )
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: AttentionBatch,
+        out: tuple[Tensor, Routing] | None = None,
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        after = torch.empty_like(hidden_states)
+        ffn_input, routing = out or self._buffers(hidden_states)
+        self.ops.library.afd_attend(
+            ctypes.byref(self._layer),
+            ctypes.byref(self.ops.described(batch)),
+            hidden_states.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            self.ops.scratch(hidden_states.shape[0] * self.scratch_bytes_per_row),
+            after.data_ptr(),
+            ffn_input.data_ptr(),
+            routing.topk_ids.data_ptr(),
+            routing.topk_weights.data_ptr(),
+        )
+        return after, ffn_input, routing if self.is_moe else None
+
+    def _buffers(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+        shape = hidden_states.shape[0], self.top_k
+        topk_ids, topk_weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
+        return torch.empty_like(hidden_states), Routing(topk_ids, topk_weights)
 
 
 class _Part(ctypes.Structure):
@@ -212,6 +311,7 @@ class NativeOps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._described: tuple[AttentionBatch, _Batch] | None = None
 
     def scratch(self, num_bytes: int) -> int:
         """The address of memory that is good until the next call; it only grows."""
@@ -219,8 +319,17 @@ class NativeOps:
             self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
         return self._scratch.data_ptr()
 
+    def described(self, batch: AttentionBatch) -> _Batch:
+        """The same batch crosses many layers."""
+        if self._described is None or self._described[0] is not batch:
+            self._described = batch, _Batch.of(batch)
+        return self._described[1]
+
     def linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(self.library, pack(weight), weight.shape[0])
+
+    def attention_layer(self, weights: AttentionWeights) -> PackedAttentionLayer:
+        return PackedAttentionLayer(self, weights)
 
     def dense_ffn(self, weights: FFNWeights) -> PackedFFN:
         return PackedFFN(self, [weights], 0, 0)
@@ -229,50 +338,8 @@ class NativeOps:
         routed = zip(experts.gate, experts.up, experts.down, strict=True)
         return PackedFFN(self, [shared, *(FFNWeights(*weights) for weights in routed)], first, num_experts)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-        out = x.new_empty(x.shape) if out is None else out
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = x.new_empty(x.shape)
         num_rows, size = x.shape
         self.library.afd_rms_norm(x.data_ptr(), num_rows, x.stride(0), size, weight.data_ptr(), eps, out.data_ptr())
-        return out
-
-    def rotate_and_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, new_slots: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        num_rows, num_heads, size = q.shape
-        self.library.afd_rotate_and_cache(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            num_rows,
-            k.stride(0),
-            num_heads,
-            size,
-            rotation.cos.data_ptr(),
-            rotation.sin.data_ptr(),
-            new_slots.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-        )
-        return q
-
-    def decode_attention(self, q: Tensor, keys: Tensor, values: Tensor, context: DecodeContext) -> Tensor:
-        return self._attention(q, keys, values, context.slots, context.slots.stride(0), context.lengths)
-
-    def prefill_attention(self, q: Tensor, keys: Tensor, values: Tensor, chunk: PrefillChunk) -> Tensor:
-        return self._attention(q, keys, values, chunk.slots, 0, chunk.lengths)
-
-    def _attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, slots_stride: int, lengths: Tensor
-    ) -> Tensor:
-        out = torch.empty_like(q)
-        self.library.afd_attention(
-            q.data_ptr(),
-            *q.shape,
-            keys.data_ptr(),
-            values.data_ptr(),
-            slots.data_ptr(),
-            slots_stride,
-            lengths.data_ptr(),
-            out.data_ptr(),
-        )
         return out

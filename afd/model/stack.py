@@ -12,31 +12,8 @@ from torch import Tensor
 
 from afd.model.config import ModelConfig
 from afd.model.linear import Linear
-from afd.model.mfa import MFA, AttentionBatch
-from afd.model.moe import Router, Routing
+from afd.model.mfa import AttentionLayer
 from afd.model.ops import Ops
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """A layer up to the handoff."""
-
-    ops: Ops
-    eps: float
-    input_norm: Tensor  # [D]
-    post_attention_norm: Tensor  # [D]
-    attention: MFA
-    router: Router | None
-
-    def attend(
-        self, hidden_states: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Routing | None]:
-        """(hidden_states after attention and residual, ffn_input, routing); both tensors are [T, D], the
-        second is `out` if that is given."""
-        normed = self.ops.rms_norm(hidden_states, self.input_norm, self.eps)
-        hidden_states = hidden_states + self.attention(normed, keys, values, batch)
-        ffn_input = self.ops.rms_norm(hidden_states, self.post_attention_norm, self.eps, out)
-        return hidden_states, ffn_input, self.router(ffn_input) if self.router else None
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ from torch import Tensor
 from afd.errors import CheckpointError
 from afd.model.checkpoint import Checkpoint, expected_shapes
 from afd.model.ffn import FFNLayer, FFNShard
-from afd.model.mfa import MFA
-from afd.model.moe import Router
 from afd.model.native import KernelsName, choose_ops
-from afd.model.ops import FFNWeights, Ops
-from afd.model.stack import AttentionLayer, AttentionStack
+from afd.model.ops import AttentionWeights, FFNWeights
+from afd.model.stack import AttentionStack
 
 Progress = Callable[[int, int], None]  # layers loaded, layers in all
 
@@ -86,7 +84,7 @@ def load_attention(
     with WeightReader(checkpoint, dtype, device) as reader:
         layers = []
         for layer_idx in range(config.num_layers):
-            layers.append(_attention_layer(ops, reader, layer_idx))
+            layers.append(ops.attention_layer(_attention_weights(reader, layer_idx)))
             progress(layer_idx + 1, config.num_layers)
         return AttentionStack(
             ops=ops,
@@ -98,28 +96,22 @@ def load_attention(
         )
 
 
-def _attention_layer(ops: Ops, reader: WeightReader, layer_idx: int) -> AttentionLayer:
+def _attention_weights(reader: WeightReader, layer_idx: int) -> AttentionWeights:
     config = reader.checkpoint.config
     prefix = f"model.layers.{layer_idx}."
     attn = prefix + "self_attn."
-    qkv = [reader.read(f"{attn}{name}_proj.weight") for name in "qkv"]
-    return AttentionLayer(
-        ops=ops,
-        eps=config.rms_norm_eps,
+    return AttentionWeights(
         input_norm=reader.read(prefix + "input_layernorm.weight"),
+        qkv_proj=torch.cat([reader.read(f"{attn}{name}_proj.weight") for name in "qkv"]),
+        inter_norm=reader.read(attn + "inter_norm.weight"),
+        wq=reader.read(attn + "wq.weight"),
+        o_proj=reader.read(attn + "o_proj.weight"),
         post_attention_norm=reader.read(prefix + "post_attention_layernorm.weight"),
-        attention=MFA(
-            ops=ops,
-            head_dim=config.head_dim,
-            eps=config.rms_norm_eps,
-            qkv_proj=ops.linear(torch.cat(qkv)),
-            inter_norm=reader.read(attn + "inter_norm.weight"),
-            wq=ops.linear(reader.read(attn + "wq.weight")),
-            o_proj=ops.linear(reader.read(attn + "o_proj.weight")),
-        ),
-        router=Router(ops.linear(reader.read(prefix + "moe.gate.weight")), config.top_k, config.norm_expert_weight)
-        if config.is_moe(layer_idx)
-        else None,
+        gate=reader.read(prefix + "moe.gate.weight") if config.is_moe(layer_idx) else None,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        top_k=config.top_k,
+        renormalise=config.norm_expert_weight,
     )
 
 
