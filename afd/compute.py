@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SWITCH_INTERVAL_S = 1e-4
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,6 +28,7 @@ class ComputeThread(ThreadPoolExecutor):
     """The one thread of a process that computes: it loads, warms up, and runs step after step or batch after batch.
 
     If several did, OpenMP would keep a team of threads for each of them, and let none look out for its next work.
+    The network's thread has to give way to it soon, and not only after the interpreter's usual 5 ms.
     """
 
     def __init__(self, threads: int = 1, cpus: Collection[int] = ()) -> None:
@@ -37,6 +41,7 @@ class ComputeThread(ThreadPoolExecutor):
 
 def _prepare(threads: int, cpus: Collection[int]) -> None:
     torch.set_num_threads(threads)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     if cpus:
         os.sched_setaffinity(0, cpus)
 

@@ -51,7 +51,8 @@ class _Cancel:
 
 
 class Engine:
-    """`deliver` is called once a step with all that came of it; `reconnect` makes the FFN anew after a loss."""
+    """`deliver` is called once a step with all that came of it: when the next one is prepared, so that the network's
+    thread works while this one waits for arithmetic. `reconnect` makes the FFN anew after a loss."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Engine:
         self.counters = StepCounters()
         self.num_in_flight = 0
         self._microbatches: list[Microbatch] = []
+        self._undelivered: list[Delivery] = []
         self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
         self._stopping = False
         self._ended: Future[None] | None = None
@@ -110,12 +112,22 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         while not self._stopping:
+            if not self.scheduler.has_work:
+                self._deliver()
             self._take_commands()
             timeline = StepTimeline()
             with timeline.measure("schedule"):
                 chunks = self.scheduler.schedule()
             if chunks:
                 self._run_step(chunks, timeline)
+            else:
+                self._deliver()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        deliveries, self._undelivered = self._undelivered, []
+        if deliveries:
+            self.deliver(deliveries)
 
     def _take_commands(self) -> None:
         """Acts on what the network asked for; with nothing else to do, waits for it."""
@@ -150,20 +162,20 @@ class Engine:
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         with timeline.measure("schedule"):
             self._microbatches = self.builder.split(chunks, self.pipeline.choose(len(chunks), num_tokens))
+        self._deliver()
         self.num_in_flight = len(self._microbatches)
         self.decoder.forward(self._microbatches, timeline)
         self.num_in_flight = 0
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
         deliveries = self._sample(self._microbatches, timeline)
+        self._undelivered += deliveries
         timeline.end_ns = time.perf_counter_ns()
         for batch in self._microbatches:
             timeline.crossings += batch.crossings
         self.pipeline.observe(timeline.end_ns - timeline.start_ns)
         self.counters.add(timeline, len(self._microbatches), num_tokens, len(deliveries))
         self.tracer.end(timeline)
-        if deliveries:
-            self.deliver(deliveries)
 
     def _sample(self, microbatches: list[Microbatch], timeline: StepTimeline) -> list[Delivery]:
         awaited = [batch for batch in microbatches if batch.sampled and not batch.abandoned]
@@ -212,4 +224,4 @@ class Engine:
     def _fail(self, sequences: list[Sequence], error: AfdError) -> None:
         for sequence in sequences:
             self.scheduler.remove(sequence)
-        self.deliver([Delivery(sequence, error) for sequence in sequences])
+        self._undelivered += [Delivery(sequence, error) for sequence in sequences]
