@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -193,7 +193,7 @@ def transport_way(
     frame = Frame(0, 0, 0, _tensor(payload), None, is_probe=True)
 
     def round_trip() -> None:
-        sent = replace(frame, frame_id=next(ids))
+        sent = frame._replace(frame_id=next(ids))
         frames.write(sent)
         transport.send(sent)
         transport.receive(sent, _ANSWER_TIMEOUT_S)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ async def test_frames_of_all_sizes_and_slots_follow_one_another(model: Model, ki
     async with running_shard(model) as shard:
         pair = await shard.connect(kind)
         for number in range(1, 40):
-            frame = replace(shard.frame(number, num_tokens=1 + number * 7 % MAX_FRAME_TOKENS), slot=number % NUM_SLOTS)
+            frame = shard.frame(number, num_tokens=1 + number * 7 % MAX_FRAME_TOKENS)._replace(slot=number % NUM_SLOTS)
             await pair.send(frame)
             assert torch.equal((await pair.receive(frame)).ffn_output, shard.expected(frame))
         pair.close()
@@ -457,7 +457,7 @@ async def test_bad_frame_is_refused_and_the_stream_goes_on(model: Model) -> None
 async def test_refused_frame_is_an_error_for_its_sender_and_the_pair_goes_on(model: Model, kind: TransportName) -> None:
     async with running_shard(model) as shard:
         pair = await shard.connect(kind)
-        bad, good = replace(shard.frame(1), layer_idx=1000), shard.frame(2)
+        bad, good = shard.frame(1)._replace(layer_idx=1000), shard.frame(2)
         await pair.send(bad)
         with pytest.raises(InternalError, match="layer 1000 does not exist"):
             await pair.receive(bad)

@@ -6,7 +6,7 @@ T tokens, D hidden size, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from afd.model.config import ModelConfig
 from afd.model.moe import Routing
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One layer of one microbatch on its way to an FFN shard."""
 
     frame_id: int  # never used twice by a sender: also the generation of its slot
@@ -33,8 +32,7 @@ class Frame:
         return self.ffn_input.shape[0]
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """What became of a frame at the FFN. Intervals were taken on its host; no clocks are compared."""
 
     queue_ns: int
@@ -42,8 +40,7 @@ class Timing:
     num_batch_tokens: int  # rows of the batch that it was computed in, all frames together
 
 
-@dataclass(frozen=True)
-class FrameOutput:
+class FrameOutput(NamedTuple):
     """A shard's answer, on the attention side."""
 
     ffn_output: Tensor  # [T, D], this shard's partial sum; good until the slot's next frame is sent
@@ -51,8 +48,7 @@ class FrameOutput:
     arrived_ns: int
 
 
-@dataclass(frozen=True)
-class Crossing:
+class Crossing(NamedTuple):
     """The times of one frame's way to one shard and back, for the step's trace."""
 
     shard: int

@@ -56,7 +56,6 @@ class FFNShard:
     num_shards: int
     layers: list[FFNLayer]
 
-    @torch.inference_mode()
     def __call__(self, layer_idx: int, ffn_input: Tensor, routing: Routing | None, out: Tensor | None = None) -> Tensor:
         """The partial sum [T, D] of ffn_input [T, D], into `out` if given; `routing` is None just on dense layers.
         Raises InvalidRequest if it names an expert that does not exist."""

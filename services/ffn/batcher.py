@@ -9,7 +9,7 @@ import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class Endpoint(Protocol):
         """The pair has ended."""
 
 
-@dataclass(frozen=True)
-class QueuedFrame:
+class QueuedFrame(NamedTuple):
     """A frame that waits, and whom it came from."""
 
     endpoint: Endpoint
@@ -146,6 +145,10 @@ class Batcher:
                     self._worked_at = time.monotonic()
                 else:
                     self._queue.append(QueuedFrame(endpoint, frame, time.perf_counter_ns()))
+        if self._queue:
+            self._drop_unawaited()
+
+    def _drop_unawaited(self) -> None:
         awaited = [
             queued
             for queued in self._queue
