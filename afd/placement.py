@@ -10,7 +10,7 @@ from typing import Any
 
 from afd.config import parse_cpus
 
-_SPIN_TURNS_US = 300  # about as long as the other side works, in case that it does on another core
+_SPIN_TURNS_US = 0  # the other side needs the core at once, and wakes this one on it
 _SPIN_ALONE_US = 5000  # nobody else needs the core meanwhile
 
 
@@ -25,7 +25,7 @@ class Cores(StrEnum):
 @dataclass(frozen=True)
 class Placement:
     """The cores of each attention replica and of each FFN shard, in order: the thread that waits for the other side
-    keeps to the first one, so these differ where there are enough."""
+    keeps to the first one."""
 
     attention: list[Sequence[int]]
     ffn: list[Sequence[int]]
@@ -33,10 +33,9 @@ class Placement:
 
     @classmethod
     def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
-        are_enough = num_attention + num_ffn <= len(cpus)
         if cores is Cores.shared:
-            spin_us = _SPIN_TURNS_US if are_enough else None
-            return cls(split(cpus, num_attention), split(cpus[::-1], num_ffn), spin_us)
+            return cls(split(cpus, num_attention), split(cpus, num_ffn), _SPIN_TURNS_US)
+        are_enough = num_attention + num_ffn <= len(cpus)
         parts = split(cpus, num_attention + num_ffn)
         return cls(parts[:num_attention], parts[num_attention:], _SPIN_ALONE_US if are_enough else None)
 

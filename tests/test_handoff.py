@@ -18,7 +18,7 @@ import torch
 
 from afd.compute import ComputeThread
 from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
-from afd.handoff.bell import Bell, pause
+from afd.handoff.bell import Bell, Lookout
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8
 from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
@@ -576,7 +576,7 @@ def test_what_nobody_rings_for_is_looked_at_again_after_a_share_of_the_wait(monk
     naps: list[float] = []
     monkeypatch.setattr("afd.handoff.bell.time.sleep", naps.append)
     for waited_s in (0.0001, 0.001, 0.004, 100.0):
-        pause(waited_s, 50e-6, [None], longest_s=0.0009)
+        Lookout(50e-6, [None]).pause(waited_s, longest_s=0.0009)
     assert naps == [0.000125, 0.0005, 0.0009]
 
 

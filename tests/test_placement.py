@@ -10,10 +10,10 @@ from afd.config import parse_cpus
 from afd.placement import Cores, Placement, split
 
 
-def test_sides_that_take_turns_have_all_cores_and_wait_on_different_ones() -> None:
+def test_sides_that_take_turns_have_all_cores_and_sleep_at_once() -> None:
     placement = Placement.of(Cores.shared, 1, 1, [0, 1])
-    assert (placement.attention, placement.ffn) == ([[0, 1]], [[1, 0]])
-    assert placement.settings([1, 0]) == {"threads": 2, "cpus": "1,0", "handoff_spin_us": 300}
+    assert (placement.attention, placement.ffn) == ([[0, 1]], [[0, 1]])
+    assert placement.settings([0, 1]) == {"threads": 2, "cpus": "0,1", "handoff_spin_us": 0}
 
 
 def test_sides_with_their_own_cores_share_none() -> None:
@@ -26,7 +26,7 @@ def test_sides_with_their_own_cores_share_none() -> None:
 def test_where_cores_are_few_each_process_has_one_and_does_not_hold_it_while_it_waits(cores: Cores) -> None:
     placement = Placement.of(cores, 2, 3, [0, 1])
     assert all(len(cpus) == 1 for cpus in [*placement.attention, *placement.ffn][cores is Cores.shared and 2 :])
-    assert "handoff_spin_us" not in placement.settings([0])
+    assert placement.settings([0]).get("handoff_spin_us") == (0 if cores is Cores.shared else None)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

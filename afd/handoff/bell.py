@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 LONGEST_SLEEP_S = 1.0
@@ -52,28 +52,32 @@ class Bell:
             os.close(file)
 
 
-def pause(waited_s: float, spin_s: float, bells: Sequence[Bell | None], longest_s: float = LONGEST_SLEEP_S) -> None:
+class Lookout:
     """What a thread does between two looks at what it awaits: at first it gives way to others, after spin_s it sleeps
     until a bell rings, or has rung since it last slept (docs/adr/0005). A bell that is None stands for something that
     nobody rings for: then it looks out for longer and only naps, for a share of what it has waited (docs/adr/0006)."""
-    has_to_look = None in bells
-    if waited_s < spin_s * (_NAP_COST if has_to_look else 1):
-        os.sched_yield()
-    else:
-        most_s = _nap_s(waited_s) if has_to_look else LONGEST_SLEEP_S
-        _sleep_until_rung((bell for bell in bells if bell is not None), min(longest_s, most_s))
+
+    def __init__(self, spin_s: float, bells: Collection[Bell | None]) -> None:
+        self._by_file = {bell.fileno(): bell for bell in bells if bell is not None}
+        self._has_to_look = None in bells
+        self._spin_s = spin_s * (_NAP_COST if self._has_to_look else 1)
+        self._poll = select.poll()
+        for file in self._by_file:
+            self._poll.register(file, select.POLLIN)
+
+    def pause(self, waited_s: float, longest_s: float = LONGEST_SLEEP_S) -> None:
+        if waited_s < self._spin_s:
+            os.sched_yield()
+        else:
+            self._sleep(min(longest_s, _nap_s(waited_s) if self._has_to_look else LONGEST_SLEEP_S))
+
+    def _sleep(self, timeout_s: float) -> None:
+        if timeout_s < _SHORTEST_POLL_S:
+            time.sleep(timeout_s)
+            return
+        for file, _ in self._poll.poll(timeout_s * 1000):
+            self._by_file[file].silence()
 
 
 def _nap_s(waited_s: float) -> float:
     return max(_SHORTEST_NAP_S, min(waited_s / 8, _LONGEST_NAP_S))
-
-
-def _sleep_until_rung(bells: Iterable[Bell], timeout_s: float) -> None:
-    if timeout_s < _SHORTEST_POLL_S:
-        time.sleep(timeout_s)
-        return
-    poll, by_file = select.poll(), {bell.fileno(): bell for bell in bells}
-    for file in by_file:
-        poll.register(file, select.POLLIN)
-    for file, _ in poll.poll(timeout_s * 1000):
-        by_file[file].silence()

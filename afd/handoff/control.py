@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
-from afd.handoff.bell import Bell, pause
+from afd.handoff.bell import Bell, Lookout
 from afd.handoff.handshake import refuse_mismatch
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.v1 import ffn_pb2 as pb
@@ -39,12 +39,11 @@ class ControlStream:
         before sleeping.
         """
         self.address = address
-        self.spin_s = spin_s
         self.arrivals: dict[int, Arrival] = {}
         self._refusals: dict[int, str] = {}
         self._error: AfdError | None = None
         self._stream_bell = Bell.private()
-        self._bells = [self._stream_bell, *bells]
+        self._lookout = Lookout(spin_s, [self._stream_bell, *bells])
         self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         self._welcomes: queue.SimpleQueue[pb.Welcome] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -84,7 +83,7 @@ class ControlStream:
             waited_s = time.monotonic() - started
             if waited_s > timeout_s:
                 raise PeerUnavailable(f"the FFN at {self.address} does not answer in time")
-            pause(waited_s, self.spin_s, self._bells, timeout_s - waited_s)
+            self._lookout.pause(waited_s, timeout_s - waited_s)
 
     def close(self) -> None:
         self._outbox.put(None)

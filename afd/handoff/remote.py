@@ -78,7 +78,7 @@ class RemoteFFN:
                 Crossing(shard, frame.layer_idx, batch.slot, sent_ns, output.arrived_ns, output.timing)
             )
         assert total is not None
-        return total.to(self.device)
+        return total if self.device.type == "cpu" else total.to(self.device)
 
     def drop(self, batch: InFlight) -> None:
         frame, _ = self._sent.pop(batch.slot, (None, 0))

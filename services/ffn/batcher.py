@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afd.compute import ComputeThread
 from afd.errors import AfdError, InternalError, InvalidRequest
-from afd.handoff.bell import Bell, pause
+from afd.handoff.bell import Bell, Lookout
 from afd.handoff.frame import Frame, Timing
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
@@ -91,6 +91,8 @@ class Batcher:
         self._queue: list[QueuedFrame] = []
         self._worked_at = 0.0
         self._own_bell = Bell.private()
+        self._lookout = Lookout(spin_s, [self._own_bell])
+        self._looks_out_for: tuple[Endpoint, ...] = ()
         self._stopping = False
         self._ended: Future[None] | None = None
 
@@ -134,8 +136,11 @@ class Batcher:
             self.counters.bubble_ns += int(idle_s * 1e9)
 
     def _idle(self) -> None:
-        bells = [self._own_bell, *(endpoint.bell for endpoint in self.endpoints)]
-        pause(time.monotonic() - self._worked_at, self.spin_s, bells)
+        if self._looks_out_for is not self.endpoints:
+            self._looks_out_for = self.endpoints
+            bells = [self._own_bell, *(endpoint.bell for endpoint in self.endpoints)]
+            self._lookout = Lookout(self.spin_s, bells)
+        self._lookout.pause(time.monotonic() - self._worked_at)
 
     def _collect(self) -> None:
         for endpoint in self.endpoints:
