@@ -95,7 +95,7 @@ async def measure(mesh: Mesh, load: Load, advance: Callable[[], None] = lambda: 
 
         streams = await asyncio.gather(*(ask_repeatedly(number) for number in range(load.streams)))
         seconds = time.perf_counter() - start
-        spent = _difference(counters(mesh), before)
+        spent = difference(counters(mesh), before)
     times = [request for stream in streams for request in stream]
     return _result(load, times, seconds, spent)
 
@@ -156,7 +156,7 @@ def counters(mesh: Mesh, *replica_ids: str) -> dict[str, float]:
     return totals
 
 
-def _difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 

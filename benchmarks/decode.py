@@ -1,7 +1,8 @@
 """Decoding with the FFN in the same process, beside it on the same cores, and on cores of its own:
 `python -m benchmarks.decode --model DIR`.
 
-All meshes run at once, and take turns; those that wait sleep. Ratios are to the first, collocated on all cores.
+All meshes run at once, and take turns; those that wait sleep. Tokens/s are counted while every stream decodes: from the
+first token of the last one to the last token of the first one. Ratios are to the first mesh, collocated on all cores.
 """
 
 from __future__ import annotations
@@ -9,30 +10,130 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-from afd.bench import Load, measure
+from afd.bench import Load, counters, difference
+from afd.client import Client
 from afd.mesh import Mesh, MeshOptions, running_mesh
 from afd.placement import Cores
 from benchmarks.rounds import alternate, report
+
+_LONGEST_S = 1800.0  # for one load; then the run ends with an error
+_SHORTEST_WINDOW = 8  # tokens of each stream that are counted, at least
 
 
 def meshes(model: Path) -> dict[str, MeshOptions]:
     own = partial(MeshOptions, model, cores=Cores.own)
     return {
         "collocated": MeshOptions(model, ffn=0),
+        "collocated, torch": MeshOptions(model, ffn=0, settings={"kernels": "torch"}),
         "1A1F": MeshOptions(model),
         "1A1F inline": MeshOptions(model, settings={"handoff": "inline"}),
         "1A1F own cores, serial": own(microbatches="1"),
         "1A1F own cores, pipelined": own(),
+        "1A1F own cores, auto": own(microbatches="auto"),
     }
 
 
-def speed(mesh: Mesh, load: Load) -> float:
-    return asyncio.run(measure(mesh, load)).output_throughput
+@dataclass(frozen=True)
+class Division:
+    """Where a decode step's time went, in milliseconds of a step. `ffn` is computing there, whatever waits for it."""
+
+    step: float
+    schedule: float
+    attention: float
+    send: float
+    receive: float
+    lm_head: float
+    sample: float
+    ffn: float
+
+    @property
+    def bubbles(self) -> tuple[float, float]:
+        """Shares of the step in which attention waits for the FFN, and in which the FFN computes nothing."""
+        return self.receive / self.step, 1 - self.ffn / self.step
+
+    @classmethod
+    def of(cls, spent: dict[str, float]) -> Division:
+        def per_step(name: str) -> float:
+            return 1e3 * sum(value for each, value in spent.items() if each.startswith(name)) / spent["afd_steps"]
+
+        parts = ("schedule", "attention", "send", "receive", "lm_head", "sample")
+        named = {part: per_step(f"afd_step_part_seconds/{part}") for part in parts}
+        return cls(step=per_step("afd_step_seconds"), ffn=per_step("afd_handoff_ffn_compute_seconds"), **named)
+
+
+@dataclass
+class Contender:
+    """A running mesh, and how its steps divided under each load."""
+
+    mesh: Mesh
+    divisions: dict[Load, list[Division]] = field(default_factory=dict)
+
+    def __call__(self, load: Load) -> float:
+        speed, division = asyncio.run(asyncio.wait_for(self._decode(load), _LONGEST_S))
+        self.divisions.setdefault(load, []).append(division)
+        return speed
+
+    async def _decode(self, load: Load) -> tuple[float, Division]:
+        """Tokens/s while all streams decode, and the division of the steps meanwhile."""
+        everyone_decodes = asyncio.Barrier(load.streams + 1)
+        somebody_ended = asyncio.Event()
+        async with Client(self.mesh.gateway.address) as client:
+            vocab_size = (await client.get_model()).vocab_size
+
+            async def stream(seed: int) -> list[float]:
+                chooser, times, waiting = random.Random(seed), list[float](), None
+                prompt = [chooser.randrange(vocab_size) for _ in range(load.prompt_tokens)]
+                async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
+                    times.append(time.perf_counter())
+                    waiting = waiting or asyncio.create_task(everyone_decodes.wait())
+                somebody_ended.set()
+                return times
+
+            streams = [asyncio.create_task(stream(seed)) for seed in range(load.streams)]
+            await everyone_decodes.wait()
+            before = await asyncio.to_thread(counters, self.mesh)
+            await somebody_ended.wait()
+            spent = difference(await asyncio.to_thread(counters, self.mesh), before)
+            times = await asyncio.gather(*streams)
+        start, end = max(own[0] for own in times), min(own[-1] for own in times)
+        counted = [sum(start < at <= end for at in own) for own in times]
+        if min(counted) < min(_SHORTEST_WINDOW, load.output_tokens - 1):
+            raise SystemExit(
+                f"{load.streams} streams of {load.prompt_tokens} tokens hardly decode together: with "
+                f"--output-tokens {load.output_tokens} some end while others still prefill; give more"
+            )
+        return sum(counted) / (end - start), Division.of(spent)
+
+
+def division_table(title: str, contenders: dict[str, Contender], loads: Sequence[Load], num_rounds: int) -> Table:
+    table = Table(title=title)
+    headings = ("prompt", "streams", "contender", "step", "schedule", "attention", "send", "receive", "lm_head")
+    for heading in (*headings, "sample", "FFN computes", "bubble A, %", "bubble F, %"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right")
+    for load in loads:
+        for name, contender in contenders.items():
+            mean = _medians(contender.divisions[load][-num_rounds:])
+            bubbles = (f"{100 * share:.0f}" for share in mean.bubbles) if contender.mesh.options.ffn else ("", "")
+            parts = (f"{value:.1f}" for value in asdict(mean).values())
+            table.add_row(str(load.prompt_tokens), str(load.streams), name, *parts, *bubbles)
+    return table
+
+
+def _medians(divisions: Sequence[Division]) -> Division:
+    rows = [asdict(each) for each in divisions]
+    return Division(**{name: statistics.median(row[name] for row in rows) for name in rows[0]})
 
 
 def main() -> None:
@@ -40,24 +141,35 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[64])
-    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--prefill-chunk-tokens", type=int, default=512, help="of every mesh")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(meshes(Path())), help="these meshes; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    prefill = {"prefill_chunk_tokens": str(options.prefill_chunk_tokens)}
+    loads = [
+        Load(streams, prompt, options.output_tokens) for prompt in options.prompt_tokens for streams in options.streams
+    ]
     with contextlib.ExitStack() as stack:
         contenders = {
-            name: partial(speed, stack.enter_context(running_mesh(mesh)))
+            name: Contender(stack.enter_context(running_mesh(replace(mesh, settings=mesh.settings | prefill))))
             for name, mesh in meshes(options.model).items()
             if name in (options.only or [name])
         }
-        loads = [
-            Load(streams, prompt, options.output_tokens)
-            for prompt in options.prompt_tokens
-            for streams in options.streams
-        ]
         rows = alternate(contenders, loads, options.rounds, Console(stderr=True))
-    Console().print(report(f"decoding {options.model.name}, bfloat16", rows, options.json))
+    console = Console(width=160)
+    console.print(report(f"decoding {options.model.name}, bfloat16", rows))
+    console.print(division_table("a decode step's time, ms", contenders, loads, options.rounds))
+    if options.json:
+        divisions = [
+            {"contender": name, **asdict(load), "steps": [asdict(each) for each in divided[-options.rounds :]]}
+            for name, contender in contenders.items()
+            for load, divided in contender.divisions.items()
+            if load in loads
+        ]
+        values = {"speeds": [row.as_json() for row in rows], "steps": divisions}
+        options.json.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the same number of random prompts of the same lengths greedily.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -21,10 +22,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from afd.bench import Load
+from afd.bench import Load, measure
 from afd.errors import ConfigError
-from afd.mesh import MeshOptions, running_mesh
-from benchmarks.decode import speed
+from afd.mesh import Mesh, MeshOptions, running_mesh
 from benchmarks.rounds import Contender, alternate, report
 
 _STOP_TIMEOUT_S = 30.0
@@ -59,6 +59,10 @@ def running_vllm(python: Path, model: Path) -> Iterator[Contender]:
             process.wait(_STOP_TIMEOUT_S)
 
 
+def speed(mesh: Mesh, load: Load) -> float:
+    return asyncio.run(measure(mesh, load)).output_throughput
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -73,7 +77,9 @@ def main() -> None:
     with running_vllm(options.vllm, options.model) as vllm, running_mesh(MeshOptions(options.model)) as mesh:
         contenders: dict[str, Contender] = {"vLLM": vllm, "1A1F": partial(speed, mesh)}
         rows = alternate(contenders, loads, options.rounds, Console(stderr=True))
-    Console().print(report(f"{options.model.name}, bfloat16", rows, options.json))
+    Console().print(report(f"{options.model.name}, bfloat16", rows))
+    if options.json:
+        options.json.write_text(json.dumps([row.as_json() for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@ say anything."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -29,9 +28,12 @@ class Row:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
+    def as_json(self) -> dict[str, Any]:
+        return {"contender": self.contender, **asdict(self.load), "output_throughput": self.rounds, "ratio": self.ratio}
+
 
 def alternate(contenders: Mapping[str, Contender], loads: Sequence[Load], num_rounds: int, notes: Console) -> list[Row]:
-    """One row for each load and contender; a round before the first, in which everybody warms up, is not counted."""
+    """One row for each load and contender, all warmed up first."""
     rows: list[Row] = []
     with Progress(console=notes, transient=True) as progress:
         task = progress.add_task("measuring", total=len(loads) * (num_rounds + 1) * len(contenders))
@@ -39,7 +41,7 @@ def alternate(contenders: Mapping[str, Contender], loads: Sequence[Load], num_ro
             rounds: dict[str, list[float]] = {name: [] for name in contenders}
             for number in range(num_rounds + 1):
                 for name, contender in contenders.items():
-                    speed = contender(load)
+                    speed = contender(load if number else _warm_up(load))
                     rounds[name] += [speed] if number else []
                     progress.advance(task)
             first = next(iter(rounds.values()))
@@ -47,12 +49,15 @@ def alternate(contenders: Mapping[str, Contender], loads: Sequence[Load], num_ro
     return rows
 
 
+def _warm_up(load: Load) -> Load:
+    return Load(load.streams, min(load.prompt_tokens, 64), min(load.output_tokens, 24))
+
+
 def _ratio(own: Sequence[float], first: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, first, strict=True))
 
 
-def report(title: str, rows: Sequence[Row], json_file: Path | None) -> Table:
-    """A table for people; the same as JSON, with every round, if a file is given."""
+def report(title: str, rows: Sequence[Row]) -> Table:
     table = Table(title=title)
     for heading in ("prompt", "streams", "contender", "tokens/s", "lowest", "highest", "ratio"):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
@@ -60,17 +65,4 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None) -> Table:
         speeds = (f"{speed:.1f}" for speed in (row.median, min(row.rounds), max(row.rounds)))
         numbers = str(row.load.prompt_tokens), str(row.load.streams)
         table.add_row(*numbers, row.contender, *speeds, f"{row.ratio:.2f}")
-    if json_file:
-        values = [
-            {
-                "contender": row.contender,
-                "streams": row.load.streams,
-                "prompt_tokens": row.load.prompt_tokens,
-                "output_tokens": row.load.output_tokens,
-                "output_throughput": row.rounds,
-                "ratio": row.ratio,
-            }
-            for row in rows
-        ]
-        json_file.write_text(json.dumps(values, indent=2) + "\n")
     return table
