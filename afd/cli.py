@@ -123,8 +123,8 @@ def up(
                     write_ready_file(mesh, ready_file)
 
 
-class _Signalled(BaseException):
-    """SIGINT or SIGTERM: unwinds what has been started, at whatever point."""
+class _Signalled(KeyboardInterrupt):
+    """SIGINT or SIGTERM: unwinds what has been started, at whatever point; asyncio would swallow others."""
 
 
 @contextlib.contextmanager

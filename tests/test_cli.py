@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from afd import Client
+from afd import Client, cli
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from tests.conftest import Model
 
@@ -141,15 +141,31 @@ def test_service_that_is_started_again_is_where_it_was(model: Model, tmp_path: P
 
 def test_interrupt_while_starting_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
     command = [*AFD, "up", "--model", str(model.path), "--ffn", "2", "--grpc-port", "0", "--http-port", "0"]
-    process = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = psutil.Popen(command, stderr=stderr)
     deadline = time.monotonic() + 30
     while len(process.children()) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
+    assert process.wait(30) == 0, (tmp_path / "stderr").read_text()
     assert still_running(children) == []
+
+
+def test_signal_in_a_callback_of_the_event_loop_is_not_lost() -> None:
+    async def be_signalled() -> None:
+        asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(5)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with cli._until_signalled():
+            asyncio.run(be_signalled())
+            pytest.fail("the signal was lost")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_running_requests_end_before_up_does(model: Model, tmp_path: Path) -> None:
