@@ -100,10 +100,14 @@ async def measure(mesh: Mesh, load: Load, advance: Callable[[], None] = lambda: 
     return _result(load, times, seconds, spent)
 
 
+def random_prompt(seed: int, num_tokens: int, vocab_size: int) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randrange(vocab_size) for _ in range(num_tokens)]
+
+
 async def _stream(client: Client, load: Load, vocab_size: int, seed: int, advance: Any) -> list[float]:
     """Times since the request of its tokens, in seconds."""
-    chooser = random.Random(seed)
-    prompt = [chooser.randrange(vocab_size) for _ in range(load.prompt_tokens)]
+    prompt = random_prompt(seed, load.prompt_tokens, vocab_size)
     start = time.perf_counter()
     times: list[float] = []
     async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
@@ -114,7 +118,7 @@ async def _stream(client: Client, load: Load, vocab_size: int, seed: int, advanc
 
 def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[str, float]) -> Result:
     step_s = spent["afd_step_seconds"]
-    crossing_s = _total(spent, "afd_handoff_seconds")
+    crossing_s = total(spent, "afd_handoff_seconds")
     return Result(
         load=load,
         output_throughput=sum(map(len, times)) / seconds,
@@ -124,13 +128,13 @@ def _result(load: Load, times: list[list[float]], seconds: float, spent: dict[st
         step_ms=1e3 * step_s / spent["afd_steps"],
         step_share={part: spent[f"afd_step_part_seconds/{part}"] / step_s for part in _PARTS},
         crossing_share={
-            name: _total(spent, f"afd_handoff_{name}_seconds") / crossing_s for name in ("ffn_compute", "ffn_queue")
+            name: total(spent, f"afd_handoff_{name}_seconds") / crossing_s for name in ("ffn_compute", "ffn_queue")
         },
         bubble_share=_bubble_share(spent),
     )
 
 
-def _total(spent: dict[str, float], name: str) -> float:
+def total(spent: dict[str, float], name: str) -> float:
     """Of all labels."""
     return sum(value for each, value in spent.items() if each.partition("/")[0] == name)
 

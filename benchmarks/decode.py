@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from afd.bench import Load, counters, difference
+from afd.bench import Load, counters, difference, random_prompt, total
 from afd.client import Client
 from afd.mesh import Mesh, MeshOptions, running_mesh
 from afd.placement import Cores
@@ -66,15 +65,15 @@ class Division:
     @classmethod
     def of(cls, spent: dict[str, float]) -> Division:
         def per_step(name: str) -> float:
-            return 1e3 * sum(value for each, value in spent.items() if each.startswith(name)) / spent["afd_steps"]
+            return 1e3 * total(spent, name) / spent["afd_steps"]
 
         parts = ("schedule", "attention", "send", "receive", "lm_head", "sample")
-        named = {part: per_step(f"afd_step_part_seconds/{part}") for part in parts}
+        named = {part: 1e3 * spent[f"afd_step_part_seconds/{part}"] / spent["afd_steps"] for part in parts}
         return cls(step=per_step("afd_step_seconds"), ffn=per_step("afd_handoff_ffn_compute_seconds"), **named)
 
 
 @dataclass
-class Contender:
+class MeasuredMesh:
     """A running mesh, and how its steps divided under each load."""
 
     mesh: Mesh
@@ -93,23 +92,24 @@ class Contender:
             vocab_size = (await client.get_model()).vocab_size
 
             async def stream(seed: int) -> list[float]:
-                chooser, times, waiting = random.Random(seed), list[float](), None
-                prompt = [chooser.randrange(vocab_size) for _ in range(load.prompt_tokens)]
+                times, waiting = list[float](), None
+                prompt = random_prompt(seed, load.prompt_tokens, vocab_size)
                 async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
                     times.append(time.perf_counter())
                     waiting = waiting or asyncio.create_task(everyone_decodes.wait())
                 somebody_ended.set()
                 return times
 
-            streams = [asyncio.create_task(stream(seed)) for seed in range(load.streams)]
-            await everyone_decodes.wait()
-            before = await asyncio.to_thread(counters, self.mesh)
-            await somebody_ended.wait()
-            spent = difference(await asyncio.to_thread(counters, self.mesh), before)
-            times = await asyncio.gather(*streams)
+            async with asyncio.TaskGroup() as group:  # a stream that fails ends the waiting for it
+                tasks = [group.create_task(stream(seed)) for seed in range(load.streams)]
+                await everyone_decodes.wait()
+                before = await asyncio.to_thread(counters, self.mesh)
+                await somebody_ended.wait()
+                spent = difference(await asyncio.to_thread(counters, self.mesh), before)
+        times = [task.result() for task in tasks]
         start, end = max(own[0] for own in times), min(own[-1] for own in times)
         counted = [sum(start < at <= end for at in own) for own in times]
-        if min(counted) < min(_SHORTEST_WINDOW, load.output_tokens - 1):
+        if min(counted) < _SHORTEST_WINDOW:
             raise SystemExit(
                 f"{load.streams} streams of {load.prompt_tokens} tokens hardly decode together: with "
                 f"--output-tokens {load.output_tokens} some end while others still prefill; give more"
@@ -117,7 +117,7 @@ class Contender:
         return sum(counted) / (end - start), Division.of(spent)
 
 
-def division_table(title: str, contenders: dict[str, Contender], loads: Sequence[Load], num_rounds: int) -> Table:
+def division_table(title: str, contenders: dict[str, MeasuredMesh], loads: Sequence[Load], num_rounds: int) -> Table:
     table = Table(title=title)
     headings = ("prompt", "streams", "contender", "step", "schedule", "attention", "send", "receive", "lm_head")
     for heading in (*headings, "sample", "FFN computes", "bubble A, %", "bubble F, %"):
@@ -153,7 +153,7 @@ def main() -> None:
     ]
     with contextlib.ExitStack() as stack:
         contenders = {
-            name: Contender(stack.enter_context(running_mesh(replace(mesh, settings=mesh.settings | prefill))))
+            name: MeasuredMesh(stack.enter_context(running_mesh(replace(mesh, settings=mesh.settings | prefill))))
             for name, mesh in meshes(options.model).items()
             if name in (options.only or [name])
         }

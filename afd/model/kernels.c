@@ -120,7 +120,7 @@ static void run(Task task, const void *arguments, long num_tasks) {
 static inline long parts_of(long total, long size) { return (total + size - 1) / size; }
 
 /* What a task does that has up to `size` of `total` things. */
-#define EACH(n, number, size, total)                                                                             \
+#define EACH(n, number, size, total)                                                                                   \
     for (long n = (number) * (size); n < (number) * (size) + (size) && n < (total); n++)
 
 /* ---- Arithmetic. ---- */

@@ -29,7 +29,7 @@ class RowContexts(NamedTuple):
     lengths: Tensor  # [T] int64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionBatch:
     """What attention must know of a microbatch. Its first S rows are decoding sequences, one token each."""
 

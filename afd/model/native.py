@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -311,7 +312,7 @@ class NativeOps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._described: tuple[AttentionBatch, _Batch] | None = None
+        self._described: WeakKeyDictionary[AttentionBatch, _Batch] = WeakKeyDictionary()
 
     def scratch(self, num_bytes: int) -> int:
         """The address of memory that is good until the next call; it only grows."""
@@ -320,10 +321,10 @@ class NativeOps:
         return self._scratch.data_ptr()
 
     def described(self, batch: AttentionBatch) -> _Batch:
-        """The same batch crosses many layers."""
-        if self._described is None or self._described[0] is not batch:
-            self._described = batch, _Batch.of(batch)
-        return self._described[1]
+        """The same batch crosses many layers, in turns with others."""
+        if batch not in self._described:
+            self._described[batch] = _Batch.of(batch)
+        return self._described[batch]
 
     def linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(self.library, pack(weight), weight.shape[0])

@@ -113,7 +113,7 @@ class Engine:
     def _run(self) -> None:
         while not self._stopping:
             if not self.scheduler.has_work:
-                self._deliver()
+                self._hand_over()
             self._take_commands()
             timeline = StepTimeline()
             with timeline.measure("schedule"):
@@ -121,10 +121,10 @@ class Engine:
             if chunks:
                 self._run_step(chunks, timeline)
             else:
-                self._deliver()
-        self._deliver()
+                self._hand_over()
+        self._hand_over()
 
-    def _deliver(self) -> None:
+    def _hand_over(self) -> None:
         deliveries, self._undelivered = self._undelivered, []
         if deliveries:
             self.deliver(deliveries)
@@ -162,7 +162,7 @@ class Engine:
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         with timeline.measure("schedule"):
             self._microbatches = self.builder.split(chunks, self.pipeline.choose(len(chunks), num_tokens))
-        self._deliver()
+        self._hand_over()
         self.num_in_flight = len(self._microbatches)
         self.decoder.forward(self._microbatches, timeline)
         self.num_in_flight = 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -21,26 +23,6 @@ class Interval(NamedTuple):
     end_ns: int
 
 
-class Measurement:
-    """A generator would do, but takes four times as long, and there are some in every layer."""
-
-    __slots__ = ("intervals", "layer_idx", "part", "slot", "start_ns")
-
-    def __init__(self, intervals: list[Interval], part: Part, layer_idx: int, slot: int) -> None:
-        self.intervals = intervals
-        self.part = part
-        self.layer_idx = layer_idx
-        self.slot = slot
-
-    def __enter__(self) -> None:
-        self.start_ns = time.perf_counter_ns()
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            end_ns = time.perf_counter_ns()
-            self.intervals.append(Interval(self.part, self.layer_idx, self.slot, self.start_ns, end_ns))
-
-
 @dataclass
 class StepTimeline:
     """One step's intervals on this host's clock. `receive` is waiting, or computing where the FFN is in-process."""
@@ -50,9 +32,12 @@ class StepTimeline:
     intervals: list[Interval] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
 
-    def measure(self, part: Part, layer_idx: int = -1, slot: int = -1) -> Measurement:
+    @contextmanager
+    def measure(self, part: Part, layer_idx: int = -1, slot: int = -1) -> Iterator[None]:
         """A block whose time is noted, unless it raises."""
-        return Measurement(self.intervals, part, layer_idx, slot)
+        start_ns = time.perf_counter_ns()
+        yield
+        self.intervals.append(Interval(part, layer_idx, slot, start_ns, time.perf_counter_ns()))
 
 
 @dataclass
