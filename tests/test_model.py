@@ -127,8 +127,8 @@ def scrambled_sequences(
     cache = KVCache.allocate(
         config.num_layers, (sum(num_needed) + 3) * block_size, config.head_dim, dtype, torch.device("cpu")
     )
-    cache.keys.fill_(math.nan)
-    cache.values.fill_(math.nan)
+    for layer in (*cache.keys, *cache.values):
+        layer.fill_(math.nan)
     return sequences, cache
 
 

@@ -40,8 +40,10 @@ class Bell:
         return self._reading
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full of rings that nobody has heard yet: one more says nothing
+        try:
             os.write(self._writing, b"!")
+        except BlockingIOError:
+            return  # full of rings that nobody has heard yet: one more says nothing
 
     def silence(self) -> None:
         with contextlib.suppress(BlockingIOError):

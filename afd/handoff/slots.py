@@ -49,11 +49,11 @@ class SlotShape:
     frame_dtype: torch.dtype  # of ffn_input on its way out: the model's, or FP8
     output_dtype: torch.dtype  # of ffn_output on its way back
 
-    @property
+    @cached_property
     def frame_stride(self) -> int:
         return _aligned(self.frame_bytes(self.max_tokens), _PAGE)
 
-    @property
+    @cached_property
     def answer_stride(self) -> int:
         return _aligned(self.answer_bytes(self.max_tokens), _PAGE)
 
@@ -103,6 +103,7 @@ class Region:
 class FrameParts:
     """A frame's tensors as they cross, in its slot."""
 
+    num_bytes: int  # of the frame, header included
     topk_ids: Tensor  # [T, K] int32
     topk_weights: Tensor  # [T, K] float32
     scales: Tensor  # [T] float32, with FP8 only
@@ -128,11 +129,12 @@ class FrameSlots:
 
     def write(self, frame: Frame) -> None:
         """Fills the frame's slot, and posts it: from then on whoever looks may read it."""
-        shape, start = self.shape, frame.slot * self.shape.frame_stride
-        self._fill(self.parts(frame.slot, frame.num_tokens), frame)
+        start, num_tokens = frame.slot * self.shape.frame_stride, frame.num_tokens
+        parts = self.parts(frame.slot, num_tokens)
+        self._fill(parts, frame)
         flags = (_HAS_ROUTING if frame.routing else 0) | (_IS_PROBE if frame.is_probe else 0)
-        num_bytes, traceparent = shape.frame_bytes(frame.num_tokens), frame.traceparent.encode()
-        _FRAME.pack_into(self.region.memory, start, 0, num_bytes, frame.layer_idx, frame.num_tokens, flags, traceparent)
+        numbers = (parts.num_bytes, frame.layer_idx, num_tokens, flags)
+        _FRAME.pack_into(self.region.memory, start, 0, *numbers, frame.traceparent.encode())
         self.region.words[start // 8] = frame.frame_id
 
     def posted(self, slot: int) -> int:
@@ -153,10 +155,11 @@ class FrameSlots:
             rules.check(layer_idx, num_tokens, has_routing)
         if not 1 <= num_tokens <= self.shape.max_tokens:
             raise InvalidRequest(f"the frame has {num_tokens} tokens, but its slot is for {self.shape.max_tokens}")
-        if num_bytes != self.shape.frame_bytes(num_tokens):
-            expected = self.shape.frame_bytes(num_tokens)
-            raise InvalidRequest(f"the frame says it has {num_bytes} bytes, but {num_tokens} tokens take {expected}")
         parts = self.parts(slot, num_tokens)
+        if num_bytes != parts.num_bytes:
+            raise InvalidRequest(
+                f"the frame says it has {num_bytes} bytes, but {num_tokens} tokens take {parts.num_bytes}"
+            )
         return Frame(
             frame_id=frame_id,
             slot=slot,
@@ -168,14 +171,16 @@ class FrameSlots:
         )
 
     def parts(self, slot: int, num_tokens: int) -> FrameParts:
-        if (slot, num_tokens) not in self._parts:
-            self._parts[slot, num_tokens] = self._make_parts(slot, num_tokens)
-        return self._parts[slot, num_tokens]
+        parts = self._parts.get((slot, num_tokens))
+        if parts is None:
+            parts = self._parts[slot, num_tokens] = self._make_parts(slot, num_tokens)
+        return parts
 
     def _make_parts(self, slot: int, num_tokens: int) -> FrameParts:
         shape, start = self.shape, slot * self.shape.frame_stride
         ids, weights, scales, ffn_input, _ = (start + offset for offset in shape.part_offsets(num_tokens))
         return FrameParts(
+            num_bytes=shape.frame_bytes(num_tokens),
             topk_ids=self.region.tensor(ids, torch.int32, num_tokens, shape.top_k),
             topk_weights=self.region.tensor(weights, torch.float32, num_tokens, shape.top_k),
             scales=self.region.tensor(scales, torch.float32, num_tokens if shape.frame_dtype is FP8 else 0),
@@ -208,11 +213,12 @@ class AnswerSlots:
 
     def buffer(self, slot: int, num_tokens: int) -> Tensor:
         """Where ffn_output [T, D] goes."""
-        if (slot, num_tokens) not in self._outputs:
+        output = self._outputs.get((slot, num_tokens))
+        if output is None:
             offset = slot * self.shape.answer_stride + _HEADER_BYTES
             output = self.region.tensor(offset, self.shape.output_dtype, num_tokens, self.shape.hidden_size)
             self._outputs[slot, num_tokens] = output
-        return self._outputs[slot, num_tokens]
+        return output
 
     def post(self, frame: Frame, timing: Timing) -> None:
         """Tells that the frame's buffer is filled."""

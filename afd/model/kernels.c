@@ -502,7 +502,7 @@ static void group_rows(Part *parts, long num_experts, long first_expert, long nu
 typedef struct {
     const bf16 *x;
     long num_rows, size;
-    const Part *parts;
+    const Part *const *parts; /* those that have rows */
     long num_parts, tasks_per_part;
     float *sums; /* [num_rows, size] */
     bf16 *y;
@@ -511,8 +511,7 @@ typedef struct {
 /* Some blocks of one part's hidden values. */
 static void gate_up(const void *arguments, long number) {
     const Ffn *a = arguments;
-    const Part *part = a->parts + number / a->tasks_per_part;
-    if (!part->num_rows) return;
+    const Part *part = a->parts[number / a->tasks_per_part];
     EACH(n, number % a->tasks_per_part, TASK_BLOCKS, part->width / LANES) {
         const bf16 *gate = part->gate_up + n * 2 * LANES * a->size, *up = gate + LANES * a->size;
         for (long first = 0; first < part->num_rows; first += TILE) {
@@ -549,8 +548,8 @@ static void down(const void *arguments, long number) {
     const Ffn *a = arguments;
     EACH(n, number, TASK_BLOCKS, a->size / LANES)
         for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) _mm512_storeu_ps(a->sums + i, _mm512_setzero_ps());
-    for (const Part *part = a->parts; part < a->parts + a->num_parts; part++)
-        EACH(n, number, TASK_BLOCKS, a->size / LANES) add_down(part, n, a->sums, a->size);
+    for (long p = 0; p < a->num_parts; p++)
+        EACH(n, number, TASK_BLOCKS, a->size / LANES) add_down(a->parts[p], n, a->sums, a->size);
     EACH(n, number, TASK_BLOCKS, a->size / LANES)
         for (long i = n * LANES; i < a->num_rows * a->size; i += a->size) store_bf16(a->y + i, _mm512_loadu_ps(a->sums + i));
 }
@@ -561,7 +560,8 @@ static void down(const void *arguments, long number) {
 long afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_experts, long first_expert,
              long all_experts, const int32_t *topk_ids, const float *topk_weights, long top_k, float *scratch,
              bf16 *y) {
-    long num_pairs = num_rows * (1 + top_k), widest = 0;
+    long num_pairs = num_rows * (1 + top_k), num_used = 0, widest = 0;
+    const Part *used[1 + num_experts];
     float *weights = scratch + num_rows * size;
     int32_t *rows = (int32_t *)(weights + num_pairs), *ids = rows + num_pairs;
     for (long i = 0; i < num_rows * top_k; i++) {
@@ -570,10 +570,14 @@ long afd_ffn(const bf16 *x, long num_rows, long size, Part *parts, long num_expe
     }
     group_rows(parts, num_experts, first_expert, num_rows, ids, topk_weights, top_k, rows, weights,
                (bf16 *)(ids + num_rows * top_k));
-    for (long p = 0; p <= num_experts; p++) widest = parts[p].width > widest ? parts[p].width : widest;
+    for (long p = 0; p <= num_experts; p++) {
+        if (!parts[p].num_rows) continue;
+        used[num_used++] = parts + p;
+        widest = parts[p].width > widest ? parts[p].width : widest;
+    }
     long tasks_per_part = parts_of(widest / LANES, TASK_BLOCKS);
-    Ffn arguments = {x, num_rows, size, parts, 1 + num_experts, tasks_per_part, scratch, y};
-    run(gate_up, &arguments, (1 + num_experts) * tasks_per_part);
+    Ffn arguments = {x, num_rows, size, used, num_used, tasks_per_part, scratch, y};
+    run(gate_up, &arguments, num_used * tasks_per_part);
     run(down, &arguments, parts_of(size / LANES, TASK_BLOCKS));
     return 0;
 }

@@ -16,15 +16,17 @@ from torch import Tensor
 class KVCache:
     """One key and one value vector per layer and slot; a slot is one token's place in a block."""
 
-    keys: Tensor  # [layers, slots, d]
-    values: Tensor  # [layers, slots, d]
+    keys: list[Tensor]  # of each layer [slots, d]
+    values: list[Tensor]  # of each layer [slots, d]
 
     @classmethod
     def allocate(
         cls, num_layers: int, num_slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        shape = (num_layers, num_slots, head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        def layers() -> list[Tensor]:
+            return [torch.zeros(num_slots, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
+
+        return cls(layers(), layers())
 
 
 @dataclass(frozen=True)

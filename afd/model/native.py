@@ -322,9 +322,10 @@ class NativeOps:
 
     def described(self, batch: AttentionBatch) -> _Batch:
         """The same batch crosses many layers, in turns with others."""
-        if batch not in self._described:
-            self._described[batch] = _Batch.of(batch)
-        return self._described[batch]
+        described = self._described.get(batch)
+        if described is None:
+            described = self._described[batch] = _Batch.of(batch)
+        return described
 
     def linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(self.library, pack(weight), weight.shape[0])

@@ -52,7 +52,7 @@ class Decoder:
 
     def _receive(self, batch: Microbatch, layer_idx: int, timeline: StepTimeline) -> None:
         with timeline.measure("receive", layer_idx, batch.slot):
-            batch.hidden_states = batch.hidden_states + self.ffn.receive(batch)  # residual + every shard's partial sum
+            batch.hidden_states += self.ffn.receive(batch)  # residual + every shard's partial sum
 
     def _awaited(self, microbatches: list[Microbatch]) -> list[Microbatch]:
         """Those that somebody still waits for; the frames of the others are dropped."""

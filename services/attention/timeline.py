@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -23,6 +21,26 @@ class Interval(NamedTuple):
     end_ns: int
 
 
+class Measurement:
+    """A block whose time is noted, unless it raises."""
+
+    __slots__ = ("_intervals", "_layer_idx", "_part", "_slot", "_start_ns")
+
+    def __init__(self, intervals: list[Interval], part: Part, layer_idx: int, slot: int) -> None:
+        self._intervals = intervals
+        self._part: Part = part
+        self._layer_idx = layer_idx
+        self._slot = slot
+
+    def __enter__(self) -> None:
+        self._start_ns = time.perf_counter_ns()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            end_ns = time.perf_counter_ns()
+            self._intervals.append(Interval(self._part, self._layer_idx, self._slot, self._start_ns, end_ns))
+
+
 @dataclass
 class StepTimeline:
     """One step's intervals on this host's clock. `receive` is waiting, or computing where the FFN is in-process."""
@@ -32,12 +50,8 @@ class StepTimeline:
     intervals: list[Interval] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
 
-    @contextmanager
-    def measure(self, part: Part, layer_idx: int = -1, slot: int = -1) -> Iterator[None]:
-        """A block whose time is noted, unless it raises."""
-        start_ns = time.perf_counter_ns()
-        yield
-        self.intervals.append(Interval(part, layer_idx, slot, start_ns, time.perf_counter_ns()))
+    def measure(self, part: Part, layer_idx: int = -1, slot: int = -1) -> Measurement:
+        return Measurement(self.intervals, part, layer_idx, slot)
 
 
 @dataclass
