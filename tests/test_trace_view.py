@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from afd.errors import ConfigError
 from afd.trace_view import Handoff, Interval, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
+from afd.trace_view.flights import flights
 from afd.trace_view.steps import Part
 from afd.trace_view.view import View, account
 
@@ -142,20 +143,49 @@ def test_a_missing_file_is_refused_with_the_way_to_record_one(tmp_path: Path) ->
         load_steps(tmp_path / "trace.jsonl")
 
 
-def test_ffn_times_are_placed_inside_their_handoff() -> None:
-    phases = list(handed(0, 1, sent=40, arrived=80, queue=10, compute=10).phases)
-    assert phases == [
-        ("way", 40 * MS, 50 * MS),
-        ("queue", 50 * MS, 60 * MS),
-        ("compute", 60 * MS, 70 * MS),
-        ("way", 70 * MS, 80 * MS),
-    ]
+def flown(*handoffs: Handoff, waits: list[Interval] | None = None) -> list[list[tuple[str, int, int]]]:
+    """The phases of each frame, in milliseconds."""
+    placed = flights(step_of(waits or [], list(handoffs)))
+    return [[(phase, start // MS, end // MS) for phase, start, end in flight.phases] for flight in placed]
+
+
+def test_ffn_times_are_placed_in_the_middle_of_the_quickest_handoff() -> None:
+    (phases,) = flown(handed(0, 1, sent=40, arrived=80, queue=10, compute=10))
+    assert phases == [("way", 40, 50), ("queue", 50, 60), ("compute", 60, 70), ("way", 70, 80)]
 
 
 def test_ffn_times_that_exceed_their_handoff_are_cut_off() -> None:
-    phases = list(handed(0, 0, sent=10, arrived=20, queue=8, compute=8).phases)
-    assert phases[2] == ("compute", 18 * MS, 20 * MS)
-    assert all(10 * MS <= start <= end <= 20 * MS for _, start, end in phases)
+    (phases,) = flown(handed(0, 0, sent=10, arrived=20, queue=8, compute=8))
+    assert phases[2] == ("compute", 12, 20)
+    assert all(10 <= start <= end <= 20 for _, start, end in phases)
+
+
+def test_a_frame_that_lies_in_its_slot_while_the_shard_computes_another_one_is_queued() -> None:
+    """The shard looks at its slots between two batches, so it does not know how long the second frame lay there."""
+    first, second = flown(
+        handed(0, 0, sent=0, arrived=50, queue=0, compute=40),
+        handed(0, 1, sent=10, arrived=89, queue=0, compute=39),
+    )
+    assert first == [("way", 0, 5), ("queue", 5, 5), ("compute", 5, 45), ("way", 45, 50)]
+    assert second == [("way", 10, 15), ("queue", 15, 45), ("compute", 45, 84), ("way", 84, 89)]
+
+
+def test_an_answer_that_lies_in_its_slot_while_attention_computes_is_not_on_its_way() -> None:
+    quickest, lying = flown(
+        handed(0, 0, sent=0, arrived=20, queue=0, compute=10),
+        handed(0, 1, sent=20, arrived=80, queue=0, compute=10),
+        waits=[did("attention", 20, 79), did("waiting", 79, 80, layer=0, microbatch=1)],
+    )
+    assert quickest[-1] == ("way", 15, 20)
+    assert lying == [("way", 20, 25), ("queue", 25, 25), ("compute", 25, 35), ("way", 35, 40)]
+
+
+def test_frames_that_were_computed_in_one_batch_were_computed_at_once() -> None:
+    phases = flown(
+        handed(0, 0, sent=0, arrived=60, queue=10, compute=40),
+        handed(0, 1, sent=2, arrived=60, queue=8, compute=40),
+    )
+    assert [each[2] for each in phases] == [("compute", 15, 55), ("compute", 15, 55)]
 
 
 def test_a_typical_step_is_a_full_one_that_only_decodes() -> None:

@@ -1,8 +1,7 @@
 """Where a decode step's time went, drawn from the spans that the services append to a file.
 
-Everything is placed on the attention host's clock. Of an FFN shard only intervals are known, which it measured on its
-own clock; they are put into the middle of their handoff, so the way there and the way back are taken to last equally
-long. Times are nanoseconds since the step's start unless a name says otherwise.
+Everything is placed on the attention host's clock; `flights` says how. Times are nanoseconds since the step's start
+unless a name says otherwise.
 """
 
 from afd.trace_view.chrome import to_chrome

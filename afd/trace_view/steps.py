@@ -45,19 +45,8 @@ class Handoff:
 
     @property
     def way_ns(self) -> int:
-        """Both ways together: what neither the queue nor the computation explains."""
+        """What neither the queue nor the computation explains."""
         return max(0, self.arrived_ns - self.sent_ns - self.queue_ns - self.compute_ns)
-
-    @property
-    def phases(self) -> Iterator[tuple[Phase, int, int]]:
-        """(phase, start, end) in order, never outside the handoff."""
-        taken_ns = self.sent_ns + self.way_ns // 2
-        begun_ns = min(self.arrived_ns, taken_ns + self.queue_ns)
-        done_ns = min(self.arrived_ns, begun_ns + self.compute_ns)
-        yield "way", self.sent_ns, taken_ns
-        yield "queue", taken_ns, begun_ns
-        yield "compute", begun_ns, done_ns
-        yield "way", done_ns, self.arrived_ns
 
 
 @dataclass(frozen=True)

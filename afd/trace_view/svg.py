@@ -130,16 +130,16 @@ def _axes(view: View) -> Iterator[str]:
 
 
 def _shows_ways(view: View) -> bool:
-    return not view.step.collocated and len(view.handoffs) <= _MAX_WAYS
+    return not view.step.collocated and len(view.flights) <= _MAX_WAYS
 
 
 def _ways(view: View) -> Iterator[str]:
     """A line from the attention lane to where the FFN takes over, and one back."""
-    width = 1.6 if len(view.handoffs) <= 40 else 0.8
-    for handoff in view.handoffs if _shows_ways(view) else ():
-        (_, *out), _, _, (_, *back) = handoff.phases
-        top, shard = _lane_y(0) + _LANE, _lane_y(1 + handoff.shard)
-        colour, _ = colours("way", handoff.microbatch)
+    width = 1.6 if len(view.flights) <= 40 else 0.8
+    for flight in view.flights if _shows_ways(view) else ():
+        (_, *out), _, _, (_, *back) = flight.phases
+        top, shard = _lane_y(0) + _LANE, _lane_y(1 + flight.handoff.shard)
+        colour, _ = colours("way", flight.handoff.microbatch)
         for (start_ns, end_ns), y, end_y in ((out, top, shard), (back, shard, top)):
             if view.start_ns <= start_ns and end_ns <= view.end_ns:
                 line = f"M{_x(view, start_ns)} {y}L{_x(view, end_ns)} {end_y}"

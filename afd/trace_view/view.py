@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from afd.errors import ConfigError
-from afd.trace_view.steps import PARTS, PHASES, Handoff, Part, Phase, Step
+from afd.trace_view.flights import Flight, flights
+from afd.trace_view.steps import PARTS, PHASES, Part, Phase, Step
 
 
 class Bar(NamedTuple):
@@ -31,9 +32,9 @@ def bars_of(step: Step) -> list[Bar]:
     """All that took any time; in one lane they may overlap."""
     bars = [Bar(0, each.part, each.layer_idx, each.microbatch, each.start_ns, each.end_ns) for each in step.intervals]
     bars += [
-        Bar(1 + handoff.shard, phase, handoff.layer_idx, handoff.microbatch, start_ns, end_ns)
-        for handoff in step.handoffs
-        for phase, start_ns, end_ns in handoff.phases
+        Bar(1 + flight.handoff.shard, phase, flight.handoff.layer_idx, flight.handoff.microbatch, start_ns, end_ns)
+        for flight in flights(step)
+        for phase, start_ns, end_ns in flight.phases
     ]
     return [bar for bar in bars if bar.duration_ns > 0]
 
@@ -77,8 +78,12 @@ class View:
         ]
 
     @cached_property
-    def handoffs(self) -> list[Handoff]:
-        return [each for each in self.step.handoffs if each.arrived_ns > self.start_ns and each.sent_ns < self.end_ns]
+    def flights(self) -> list[Flight]:
+        return [
+            flight
+            for flight in flights(self.step)
+            if flight.handoff.arrived_ns > self.start_ns and flight.handoff.sent_ns < self.end_ns
+        ]
 
     @property
     def lanes(self) -> list[str]:
@@ -170,32 +175,33 @@ def account(view: View) -> Account:
     waiting: Counter[Phase] = Counter()
     awaited: Counter[int] = Counter()
     for wait, last in _waits(view):
-        awaited[last.shard] += 1
+        awaited[last.handoff.shard] += 1
         for phase, start_ns, end_ns in last.phases:
             waiting[phase] += max(0, min(end_ns, wait.end_ns) - max(start_ns, wait.start_ns))
     shards = [_shard_account(view, shard, awaited[shard]) for shard in range(view.step.num_shards)]
     return Account(view.duration_ns, parts, waiting, shards, view.step.collocated)
 
 
-def _waits(view: View) -> Iterator[tuple[Bar, Handoff]]:
-    """Each time attention waited, with the handoff that was answered last."""
-    by_arrival = sorted(view.handoffs, key=lambda handoff: handoff.arrived_ns)
-    last = {(handoff.layer_idx, handoff.microbatch): handoff for handoff in by_arrival}
+def _waits(view: View) -> Iterator[tuple[Bar, Flight]]:
+    """Each time attention waited, with the frame that was answered last."""
+    by_arrival = sorted(view.flights, key=lambda flight: flight.handoff.arrived_ns)
+    last = {(flight.handoff.layer_idx, flight.handoff.microbatch): flight for flight in by_arrival}
     for bar in view.bars:
         if bar.kind == "waiting" and (bar.layer_idx, bar.microbatch) in last:
             yield bar, last[bar.layer_idx, bar.microbatch]
 
 
 def _shard_account(view: View, shard: int, num_awaited: int) -> ShardAccount:
-    handoffs = [handoff for handoff in view.handoffs if handoff.shard == shard]
+    own = [flight for flight in view.flights if flight.handoff.shard == shard]
     phases: Counter[Phase] = Counter()
-    for handoff in handoffs:
-        phases.update(way=handoff.way_ns, queue=handoff.queue_ns, compute=handoff.compute_ns)
+    for flight in own:
+        for phase, start_ns, end_ns in flight.phases:
+            phases[phase] += end_ns - start_ns
     times: Counter[str] = Counter()
     for bar in view.lane(1 + shard):
         times[bar.kind] += bar.duration_ns
     name = view.step.shard_name(shard)
-    return ShardAccount(name, times["compute"], times["way"], times["queue"], len(handoffs), phases, num_awaited)
+    return ShardAccount(name, times["compute"], times["way"], times["queue"], len(own), phases, num_awaited)
 
 
 def verdict(step: Step, layers: range | None = None) -> str:
