@@ -173,11 +173,21 @@ def test_a_frame_that_lies_in_its_slot_while_the_shard_computes_another_one_is_q
 def test_an_answer_that_lies_in_its_slot_while_attention_computes_is_not_on_its_way() -> None:
     quickest, lying = flown(
         handed(0, 0, sent=0, arrived=20, queue=0, compute=10),
-        handed(0, 1, sent=20, arrived=80, queue=0, compute=10),
+        handed(0, 1, sent=20, arrived=80, queue=0, compute=11),
         waits=[did("attention", 20, 79), did("waiting", 79, 80, layer=0, microbatch=1)],
     )
     assert quickest[-1] == ("way", 15, 20)
-    assert lying == [("way", 20, 25), ("queue", 25, 25), ("compute", 25, 35), ("way", 35, 40)]
+    assert lying == [("way", 20, 25), ("queue", 25, 25), ("compute", 25, 36), ("way", 36, 41)]
+
+
+def test_an_answer_that_attention_waited_for_came_when_it_was_seen() -> None:
+    quickest, late = flown(
+        handed(0, 0, sent=0, arrived=20, queue=0, compute=10),
+        handed(0, 1, sent=20, arrived=80, queue=5, compute=30),
+        waits=[did("waiting", 30, 80, layer=0, microbatch=1)],
+    )
+    assert quickest[2] == ("compute", 5, 15)
+    assert late == [("way", 20, 40), ("queue", 40, 45), ("compute", 45, 75), ("way", 75, 80)]
 
 
 def test_frames_that_were_computed_in_one_batch_were_computed_at_once() -> None:

@@ -1,9 +1,10 @@
 """When a frame reached its FFN shard, was computed and came back, on attention's clock.
 
-Attention knows when it sent a frame and when it looked at the answer; the shard, how long the frame was queued since
-the shard saw it, and computed. The rest is reckoned: a way takes half of what is left of the step's quickest frame of
-that shard, and a shard computes one batch after the other. So a frame that took longer lay in its slot while the shard
-computed others, or its answer lay there while attention computed; whatever else is left was the way back.
+Attention knows when it sent a frame, since when it looked for the answer, and when it saw it; the shard, how long the
+frame was queued since the shard saw it, and computed. The rest is reckoned. A way takes half of what is left of the
+step's quickest frame of that shard. If attention waited for an answer, it came when attention saw it. If it was there
+when attention looked, the shard had begun as soon as it could: it computes one batch after the other, and a frame lies
+in its slot meanwhile.
 """
 
 from __future__ import annotations
@@ -33,24 +34,39 @@ class Flight(NamedTuple):
 
 def flights(step: Step) -> list[Flight]:
     """One for each handoff, in the order in which they were sent to each shard."""
-    looked_since = {
-        (each.layer_idx, each.microbatch): each.start_ns for each in step.intervals if each.part == "waiting"
-    }
+    looked_ns = {(each.layer_idx, each.microbatch): each.start_ns for each in step.intervals if each.part == "waiting"}
     ordered = sorted(step.handoffs, key=lambda handoff: (handoff.shard, handoff.sent_ns))
     by_shard = groupby(ordered, key=lambda handoff: handoff.shard)
-    return [flight for _, handoffs in by_shard for flight in _of_shard(list(handoffs), looked_since)]
+    return [flight for _, handoffs in by_shard for flight in _of_shard(list(handoffs), looked_ns)]
 
 
-def _of_shard(handoffs: Sequence[Handoff], looked_since: dict[tuple[int, int], int]) -> Iterator[Flight]:
+def _of_shard(handoffs: Sequence[Handoff], looked_ns: dict[tuple[int, int], int]) -> Iterator[Flight]:
     way_ns = min(handoff.way_ns for handoff in handoffs) // 2
-    batch, begun_ns, free_ns = (-1, -1), 0, 0  # the last one: its layer and time, when it was begun, when done
+    last: Flight | None = None
     for handoff in handoffs:
-        reached_ns = handoff.sent_ns + way_ns
-        latest_ns = max(reached_ns, handoff.arrived_ns - way_ns - handoff.compute_ns)
-        joins = batch == (handoff.layer_idx, handoff.compute_ns)  # frames of one batch all tell its time
-        earliest_ns = max(reached_ns + handoff.queue_ns, begun_ns if joins else free_ns)
-        batch, begun_ns = (handoff.layer_idx, handoff.compute_ns), min(earliest_ns, latest_ns)
-        free_ns = min(handoff.arrived_ns, begun_ns + handoff.compute_ns)
-        looked_ns = looked_since.get((handoff.layer_idx, handoff.microbatch), handoff.sent_ns)
-        lies = looked_ns > free_ns + way_ns
-        yield Flight(handoff, reached_ns, begun_ns, free_ns, free_ns + way_ns if lies else handoff.arrived_ns)
+        looked = looked_ns.get((handoff.layer_idx, handoff.microbatch), handoff.sent_ns)
+        waited = handoff.arrived_ns - looked > 2 * way_ns
+        last = _flight(handoff, way_ns, waited, last)
+        yield last
+
+
+def _flight(handoff: Handoff, way_ns: int, waited: bool, last: Flight | None) -> Flight:
+    """last: the shard's flight before this one."""
+    reached_ns = handoff.sent_ns + way_ns
+    latest_ns = max(reached_ns, handoff.arrived_ns - way_ns - handoff.compute_ns)
+    if last and _in_one_batch(handoff, last.handoff):
+        begun_ns = max(reached_ns, min(last.begun_ns, latest_ns))
+    elif waited:
+        begun_ns = latest_ns
+    else:
+        begun_ns = min(max(reached_ns + handoff.queue_ns, last.done_ns if last else 0), latest_ns)
+    if last is None or last.done_ns <= reached_ns:  # the shard was free: the way there took longer
+        reached_ns = max(reached_ns, begun_ns - handoff.queue_ns)
+    done_ns = min(handoff.arrived_ns, begun_ns + handoff.compute_ns)
+    landed_ns = handoff.arrived_ns if waited else min(handoff.arrived_ns, done_ns + way_ns)
+    return Flight(handoff, reached_ns, begun_ns, done_ns, landed_ns)
+
+
+def _in_one_batch(one: Handoff, other: Handoff) -> bool:
+    """Frames of one batch all tell the time that it took."""
+    return (one.layer_idx, one.compute_ns) == (other.layer_idx, other.compute_ns)
