@@ -37,12 +37,11 @@ from afd.state.requests import SequenceKey
 from models.evaluate import DEFAULT_DIR, Answerer
 from models.tasks import TASKS, Question, held_out
 from services.attention.block_manager import BlockManager
+from services.attention.chunk import Chunk
 from services.attention.decoder import Decoder
 from services.attention.microbatch import MicrobatchBuilder
-from services.attention.pipeline import ChunkCost
-from services.attention.scheduler import Chunk
 from services.attention.sequence import Sequence
-from services.attention.timeline import StepTimeline
+from services.attention.timeline import Timeline
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 _BLOCK_SIZE = 16
@@ -123,8 +122,7 @@ class ForcedReader:
         config = checkpoint.config
         self.decoder = slot_decoder(checkpoint, frame_dtype)
         self.blocks = BlockManager(_BATCH * _LONGEST // _BLOCK_SIZE, _BLOCK_SIZE)
-        cost = ChunkCost.of(config, num_ffn_shards=1)
-        self.builder = MicrobatchBuilder(_BLOCK_SIZE, config.head_dim, config.rope_theta, BF16, CPU, cost)
+        self.builder = MicrobatchBuilder(_BLOCK_SIZE, config.head_dim, config.rope_theta, BF16, CPU)
 
     def run(self, name: str, conversations: list[Conversation]) -> Run:
         batches = (conversations[start : start + _BATCH] for start in range(0, len(conversations), _BATCH))
@@ -147,10 +145,11 @@ class ForcedReader:
         for sequence in sequences:
             self.blocks.grow(sequence, sequence.num_tokens)
         batch = self.builder.build(0, [Chunk(sequence, sequence.num_uncomputed) for sequence in sequences])
-        self.decoder.forward([batch], StepTimeline())
+        for _ in self.decoder.forward(batch, Timeline()):
+            pass
         for sequence in sequences:
             sequence.num_computed = sequence.num_tokens
-        return zip(batch.sampled, self.decoder.logits([batch]), strict=True)
+        return zip(batch.sampled, self.decoder.logits(batch), strict=True)
 
 
 def _sequence(conversation: Conversation) -> Sequence:

@@ -16,14 +16,16 @@ from afd.errors import InternalError, PeerUnavailable
 from afd.handoff.local import LocalFFN
 from afd.model.checkpoint import Checkpoint
 from afd.model.kv_cache import KVCache
+from afd.model.moe import Routing
 from afd.model.sampling_params import SamplingParams
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.state.requests import SequenceKey
 from services.attention.block_manager import BlockManager
+from services.attention.chunk import ChunkCost
 from services.attention.decoder import Decoder
 from services.attention.engine import Delivery, Engine
 from services.attention.microbatch import MicrobatchBuilder
-from services.attention.pipeline import ChunkCost, Pipeline
+from services.attention.pipeline import Pipeline
 from services.attention.scheduler import Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.step_tracer import StepTracer
@@ -41,10 +43,18 @@ class TestFFN(LocalFFN):
     def __init__(self, local: LocalFFN) -> None:
         super().__init__(local.shard)
         self.before_receive: Callable[[], None] = lambda: None
+        self.before_send: Callable[[Any], None] = lambda batch: None
         self.num_dropped = 0
+        self.log: list[tuple[str, int]] = []  # what was done for which slot
+
+    def send(self, batch: Any, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
+        self.log.append((f"send {layer_idx}", batch.slot))
+        self.before_send(batch)
+        super().send(batch, layer_idx, ffn_input, routing)
 
     def receive(self, batch: Any) -> Tensor:
         self.before_receive()
+        self.log.append(("receive", batch.slot))
         return super().receive(batch)
 
     def drop(self, batch: Any) -> None:
@@ -115,10 +125,13 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
 
     engine = Engine(
         decoder=Decoder(stack, cache, ffn),
-        scheduler=Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), max_sequences=8, prefill_chunk_tokens=16),
-        builder=MicrobatchBuilder(
-            BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU, ChunkCost.of(config, 1)
+        scheduler=Scheduler(
+            BlockManager(NUM_BLOCKS, BLOCK_SIZE),
+            max_sequences=8,
+            prefill_chunk_tokens=16,
+            cost=ChunkCost.of(config, 1),
         ),
+        builder=MicrobatchBuilder(BLOCK_SIZE, config.head_dim, config.rope_theta, torch.float32, CPU),
         pipeline=Pipeline(range(2, 3)),
         tracer=StepTracer(),
         deliver=deliver,
@@ -188,3 +201,41 @@ def test_neighbours_of_a_cancelled_sequence_are_not_disturbed(harness: Harness) 
     for sequence in (sequences[0], *sequences[2:]):
         harness.check(sequence)
     assert harness.num_used == 0
+
+
+def test_a_microbatch_begins_its_next_step_while_the_other_one_is_still_under_way(harness: Harness) -> None:
+    sequences = [harness.submit(harness.model.prompt(length, length), 12) for length in (5, 6)]
+    for sequence in sequences:
+        harness.check(sequence)
+    steady = harness.ffn.log[len(harness.ffn.log) // 3 : 2 * len(harness.ffn.log) // 3]
+    begins = [index for index, entry in enumerate(steady) if entry == ("send 0", 0)]
+    assert begins
+    assert any(("receive", 1) in steady[index:] for index in begins)
+    for index in begins[:-1]:
+        after = [what for what, slot in steady[index:] if slot == 1]
+        assert after[0] == "receive", "the other one is away while this one begins"
+
+
+def test_a_microbatch_that_fails_takes_no_other_one_along(harness: Harness) -> None:
+    def fail_long_contexts(batch: Any) -> None:
+        if any(len(chunk.sequence.prompt_ids) == 15 for chunk in batch.chunks):
+            raise RuntimeError("broken")
+
+    harness.ffn.before_send = fail_long_contexts
+    failed, other = (harness.submit(harness.model.prompt(length, length), 20) for length in (15, 5))
+    harness.wait(lambda: bool(harness.events[failed]))
+    assert isinstance(harness.events[failed][-1], InternalError)
+    harness.check(other)
+    assert harness.num_used == 0
+
+
+def test_each_step_counts_every_microbatch_once(harness: Harness) -> None:
+    sequences = [harness.submit(harness.model.prompt(length, length), 40) for length in (5, 6, 7, 8)]
+    for sequence in sequences:
+        harness.check(sequence)
+    counters = harness.engine.counters
+    assert 40 <= counters.num_steps <= 45
+    assert counters.num_generated == 160
+    assert 2 * 40 <= counters.num_microbatches <= 2 * 45
+    num_layers = harness.model.oracle.config.num_layers
+    assert abs(counters.shards[0].num_crossings - num_layers * counters.num_microbatches) <= num_layers

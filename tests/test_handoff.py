@@ -21,7 +21,7 @@ from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnava
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8
-from afd.handoff.frame import Crossing, Frame, FrameOutput, Timing
+from afd.handoff.frame import Frame, FrameOutput, Timing
 from afd.handoff.handshake import topology
 from afd.handoff.inline import frame_to_proto
 from afd.handoff.negotiate import LADDER, Rung, TransportName, connect_pair
@@ -212,7 +212,6 @@ def model(make_model: Callable[[int], Model]) -> Model:
 class Batch:
     slot: int
     num_tokens: int
-    crossings: list[Crossing]
 
 
 @each_transport
@@ -266,11 +265,11 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
         frames.region.unlink()
         assert [transport.name for transport in ffn.transports][:2] == ["shm", "inline"]
         frame = whole.frame()
-        batch = Batch(0, frame.num_tokens, [])
+        batch = Batch(0, frame.num_tokens)
         await asyncio.to_thread(ffn.send, batch, frame.layer_idx, frame.ffn_input, frame.routing)
         total = await asyncio.to_thread(ffn.receive, batch)
         torch.testing.assert_close(total, whole.expected(frame), atol=1e-5, rtol=1e-5)
-        assert [crossing.shard for crossing in batch.crossings] == [0, 1, 2]
+        assert [crossing.shard for crossing in ffn.take_crossings()] == [0, 1, 2]
         ffn.close()
 
 

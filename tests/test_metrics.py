@@ -27,7 +27,7 @@ def crossing(shard: int, layer_idx: int, slot: int, compute_ns: int) -> Crossing
 
 def counted(*crossings: Crossing, step_ns: int = 1000) -> StepCounters:
     step_counters = StepCounters()
-    step_counters.add(StepTimeline(start_ns=0, end_ns=step_ns, crossings=list(crossings)), 1, 1, 1)
+    step_counters.add_step(StepTimeline(0, step_ns, crossings=list(crossings)))
     return step_counters
 
 
@@ -44,7 +44,7 @@ def test_a_batch_of_several_frames_is_busy_once() -> None:
 
 def test_a_step_without_frames_for_a_shard_is_all_bubble_for_it() -> None:
     step_counters = counted(crossing(0, 0, 0, 300))
-    step_counters.add(StepTimeline(start_ns=0, end_ns=100), 1, 1, 1)
+    step_counters.add_step(StepTimeline(0, 100))
     assert step_counters.shards[0].bubble_ns == 800
 
 

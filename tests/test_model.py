@@ -27,9 +27,8 @@ from afd.model.stack import AttentionStack
 from afd.model.transformer import Transformer
 from afd.model.weights import load_all, load_attention, load_ffn_shard
 from afd.state.requests import SequenceKey
+from services.attention.chunk import Chunk
 from services.attention.microbatch import MicrobatchBuilder
-from services.attention.pipeline import ChunkCost
-from services.attention.scheduler import Chunk
 from services.attention.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -142,13 +141,14 @@ def served_logits(model: Served, lengths: list[int], block_size: int, seed: int)
         model.config.rope_theta,
         model.stack.embedding.dtype,
         CPU,
-        ChunkCost.of(model.config, 1),
     )
     rows: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
     while unfinished := [sequence for sequence in sequences if sequence.num_uncomputed]:
         chosen = [sequence for sequence in unfinished if chooser.random() < 0.8] or unfinished[:1]
         chunks = [Chunk(s, chooser.choice([1, chooser.randint(1, s.num_uncomputed)])) for s in chosen]
-        for microbatch in builder.split(chunks, chooser.randint(1, 3)):
+        microbatches = chooser.randint(1, 3)
+        for own in filter(None, (chunks[slot::microbatches] for slot in range(microbatches))):
+            microbatch = builder.build(0, own)
             logits = model.logits_of_all_rows(microbatch, cache)
             for chunk, part in zip(
                 microbatch.chunks, logits.split([chunk.num_tokens for chunk in microbatch.chunks]), strict=True
@@ -215,17 +215,6 @@ def test_bfloat16_stays_near_float32(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_bfloat16_stays_near_float32_at_every_token_where_all_experts_are_chosen(seed: int) -> None:
     assert float(bfloat16_errors(ModelSizes(moe_top_k=6), seed).max()) < BFLOAT16_BOUND
-
-
-def test_a_sequence_is_split_over_microbatches_nowhere() -> None:
-    model = serve(ModelSizes(vocab_size=50), 1)
-    sequences, _ = scrambled_sequences(model, [9, 1, 5, 30], 4, random.Random(0))
-    microbatches = MicrobatchBuilder(4, 16, 1e4, torch.float32, CPU, ChunkCost(0.0)).split(
-        [Chunk(s, s.num_uncomputed) for s in sequences], 3
-    )
-    assert [batch.slot for batch in microbatches] == [0, 1, 2]
-    assert sorted(chunk.num_tokens for batch in microbatches for chunk in batch.chunks) == [1, 5, 9, 30]
-    assert sorted(batch.num_tokens for batch in microbatches) == [6, 9, 30]
 
 
 def test_a_later_token_changes_nothing_before_it() -> None:

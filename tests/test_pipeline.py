@@ -1,4 +1,4 @@
-"""How many microbatches a step is cut into, and which chunk goes where: on stages whose times are made up."""
+"""How many microbatches steps are cut into, and which chunk falls to which: on stages whose times are made up."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
-from services.attention.pipeline import ChunkCost, Pipeline, balanced
-from services.attention.scheduler import Chunk
+from services.attention.chunk import Chunk, ChunkCost, fair_share
+from services.attention.pipeline import Pipeline
 from services.attention.sequence import Sequence
 from tests.conftest import Model
 
-NUM_LAYERS = 20
+NUM_LAYERS, NUM_STEPS = 10, 5
 StageTime = Callable[[float], float]  # of so many tokens
 
 
@@ -33,26 +33,27 @@ def sequence(num_prompt: int, num_computed: int = 0) -> Sequence:
 
 
 def step_time(number: int, num_tokens: int, attention: StageTime, ffn: StageTime, way: float) -> float:
-    """Of the decoder's loop over so many equal microbatches: two stages that work in order, and the way in between."""
+    """Of so many equal microbatches that take turns without end: two stages that work in order, the way in between."""
     size = num_tokens / number
     attention_free = ffn_free = 0.0
     back = [0.0] * number
-    for _ in range(NUM_LAYERS):
+    for _ in range(NUM_LAYERS * NUM_STEPS):
         for each in range(number):
             attention_free = max(attention_free, back[each]) + attention(size)
             ffn_free = max(ffn_free, attention_free + way / 2) + ffn(size)
             back[each] = ffn_free + way / 2
-    return max(back)
+    return max(back) / NUM_STEPS
 
 
 def chosen(attention: StageTime, ffn: StageTime, way: float = 0.0, num_sequences: int = 32, noise: float = 0.0) -> int:
     """What `auto` settles on."""
     pipeline, chooser = Pipeline(range(1, 5)), random.Random(1)
-    number = 0
+    number = last = 0
     for _ in range(40):
-        number = pipeline.choose(num_sequences, num_sequences)
+        number, last = pipeline.choose(num_sequences), number
         seconds = step_time(number, num_sequences, attention, ffn, way) * (1 + noise * chooser.random())
-        pipeline.observe(int(1e6 * seconds))
+        settling = 1 if number == last else 2
+        pipeline.observe(1e6 * settling * seconds / num_sequences)
     return number
 
 
@@ -90,19 +91,22 @@ def test_noise_does_not_cut_what_should_stay_whole() -> None:
 
 
 @pytest.mark.parametrize("candidates", [range(1, 5), range(3, 4), range(1, 2)])
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99), st.integers(1, 10**9)), max_size=60))
-def test_there_are_never_more_microbatches_than_sequences(candidates: range, steps: list[tuple[int, int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 10**9)), max_size=60))
+def test_what_is_tried_are_never_more_microbatches_than_sequences(
+    candidates: range, steps: list[tuple[int, int]]
+) -> None:
     pipeline = Pipeline(candidates)
-    for num_sequences, num_more_tokens, step_ns in steps:
-        number = pipeline.choose(num_sequences, num_sequences + num_more_tokens)
-        assert 1 <= number <= min(num_sequences, candidates[-1])
-        pipeline.observe(step_ns)
+    for num_sequences, ns_per_token in steps:
+        number = pipeline.choose(num_sequences)
+        assert number in candidates
+        assert number <= max(num_sequences, candidates[0])
+        pipeline.observe(ns_per_token)
 
 
-def test_a_fixed_number_is_what_every_step_with_enough_sequences_gets() -> None:
+def test_a_fixed_number_is_what_every_step_gets() -> None:
     pipeline = Pipeline(range(3, 4))
     for _ in range(20):
-        assert pipeline.choose(8, 8) == 3
+        assert pipeline.choose(8) == 3
         pipeline.observe(10**9)
 
 
@@ -110,18 +114,18 @@ def test_sizes_of_steps_are_learnt_apart() -> None:
     pipeline = Pipeline(range(1, 5))
     for _ in range(30):
         for num_sequences, best in ((4, 1), (32, 2)):
-            number = pipeline.choose(num_sequences, num_sequences)
+            number = pipeline.choose(num_sequences)
             pipeline.observe(1000 + 500 * abs(number - best))
-    assert (pipeline.choose(4, 4), pipeline.choose(32, 32)) == (1, 2)
+    assert (pipeline.choose(4), pipeline.choose(32)) == (1, 2)
 
 
 def test_what_has_changed_is_found_out() -> None:
     pipeline = Pipeline(range(1, 5))
     for best in (1, 3):
         for _ in range(600):
-            number = pipeline.choose(32, 32)
+            number = pipeline.choose(32)
             pipeline.observe(1000 + 500 * abs(number - best))
-        assert pipeline.choose(32, 32) == best
+        assert pipeline.choose(32) == best
 
 
 def test_a_choice_stays_while_others_are_not_clearly_better() -> None:
@@ -131,7 +135,7 @@ def test_a_choice_stays_while_others_are_not_clearly_better() -> None:
     for step in range(1200):
         if step == 520:
             times |= {1: 790, 3: 770}
-        numbers.append(pipeline.choose(32, 32))
+        numbers.append(pipeline.choose(32))
         pipeline.observe(times[numbers[-1]])
     settled = numbers[-100:]
     assert set(settled) == {2}
@@ -139,20 +143,44 @@ def test_a_choice_stays_while_others_are_not_clearly_better() -> None:
 
 def test_a_step_that_failed_is_not_counted() -> None:
     pipeline = Pipeline(range(1, 3))
-    assert [pipeline.choose(2, 2) for _ in range(9)] == [1] * 9
+    assert [pipeline.choose(2) for _ in range(9)] == [1] * 9
 
 
-def costs(parts: list[list[Chunk]], cost: ChunkCost) -> list[float]:
-    return [sum(map(cost, part)) for part in parts]
+def all_shares(chunks: list[Chunk], num_microbatches: int, cost: ChunkCost) -> list[list[Chunk]]:
+    """What each of so many microbatches takes that begin one after the other."""
+    shares: list[list[Chunk]] = []
+    left = chunks
+    for number in reversed(range(num_microbatches)):
+        others = [sum(map(cost, share)) for share in shares]
+        shares.append(fair_share(left, [*others, *[0.0] * number], cost))
+        left = [chunk for chunk in left if chunk not in shares[-1]]
+    assert not left
+    return [share for share in shares if share]
 
 
 def test_one_long_context_is_balanced_by_many_short_ones() -> None:
     cost = ChunkCost(0.01)
     long, short = decoding(1000), [decoding(1) for _ in range(16)]
-    with_long, without = balanced([*short, long], 2, cost)
+    without, with_long = all_shares([*short, long], 2, cost)
     assert long in with_long
     assert len(with_long) < 5
-    assert max(costs([with_long, without], cost)) < 1.1 * min(costs([with_long, without], cost))
+    costs = [sum(map(cost, share)) for share in (with_long, without)]
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_what_falls_to_a_cheaper_microbatch_is_left_for_it() -> None:
+    cost = ChunkCost(0.0)
+    chunks = [decoding(1) for _ in range(10)]
+    assert len(fair_share(chunks, [4.0], cost)) == 7
+    assert fair_share(chunks, [10.0], cost) == chunks
+    assert fair_share(chunks, [0.0, 20.0], cost) == chunks[::2]
+
+
+def test_the_oldest_is_never_left_for_others() -> None:
+    cost = ChunkCost(1.0)
+    oldest, dear = decoding(1), decoding(100)
+    assert fair_share([oldest, dear], [0.0], cost) == [oldest]
+    assert fair_share([oldest, dear], [500.0], cost) == [oldest, dear]
 
 
 def test_a_prefill_chunk_costs_its_tokens_and_half_of_what_they_look_back_at() -> None:
@@ -163,14 +191,14 @@ def test_a_prefill_chunk_costs_its_tokens_and_half_of_what_they_look_back_at() -
 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 64)), min_size=1, max_size=40), st.integers(1, 6))
-def test_every_chunk_is_in_one_part_and_no_part_is_empty(sizes: list[tuple[int, int]], num_parts: int) -> None:
+def test_every_chunk_is_in_one_share_and_shares_are_about_equal(sizes: list[tuple[int, int]], number: int) -> None:
     chunks = [Chunk(sequence(before + tokens, before), tokens) for before, tokens in sizes]
     cost = ChunkCost(0.001)
-    parts = balanced(chunks, num_parts, cost)
-    assert len(parts) == min(num_parts, len(chunks))
-    assert sorted(map(id, (chunk for part in parts for chunk in part))) == sorted(map(id, chunks))
-    assert all(parts)
-    assert max(costs(parts, cost)) - min(costs(parts, cost)) <= max(map(cost, chunks))
+    shares = all_shares(chunks, number, cost)
+    assert len(shares) == min(number, len(chunks))
+    assert sorted(map(id, (chunk for share in shares for chunk in share))) == sorted(map(id, chunks))
+    costs = [sum(map(cost, share)) for share in shares]
+    assert max(costs) <= sum(costs) / number + max(map(cost, chunks))
 
 
 def test_context_weighs_more_where_the_ffn_is_small_or_has_many_shards(make_model: Callable[[int], Model]) -> None:

@@ -12,7 +12,8 @@ from afd.model.sampler import SampledToken
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
 from services.attention.block_manager import BlockManager
-from services.attention.scheduler import Chunk, Scheduler
+from services.attention.chunk import Chunk
+from services.attention.scheduler import Scheduler
 from services.attention.sequence import FinishReason, Sequence, TokenEvent
 
 EOS = 1
@@ -32,11 +33,20 @@ def summary(chunks: list[Chunk]) -> list[tuple[Sequence, int]]:
     return [(chunk.sequence, chunk.num_tokens) for chunk in chunks]
 
 
+def scheduling(num_blocks: int, block_size: int, max_sequences: int, prefill_chunk_tokens: int) -> Scheduler:
+    return Scheduler(BlockManager(num_blocks, block_size), max_sequences, prefill_chunk_tokens, cost=num_tokens)
+
+
+def num_tokens(chunk: Chunk) -> float:
+    return chunk.num_tokens
+
+
 @dataclass
 class Run:
     """Steps a scheduler and checks after each what must always hold."""
 
     scheduler: Scheduler
+    num_microbatches: int = 1
     arrived: list[Sequence] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
     computed: dict[Sequence, list[int]] = field(default_factory=dict)
@@ -51,17 +61,33 @@ class Run:
         self.scheduler.remove(target)
 
     def step(self) -> list[Chunk]:
-        chunks = self.scheduler.schedule()
-        self._check(chunks)
+        """A microbatch begins and lands."""
+        chunks = self.begin(0)
+        assert all(each in chunks_of(chunks) for each in self.running if each.num_uncomputed == 1), "all decode"
+        assert [*self.running, *self.scheduler.waiting] == self.arrived, "first come, first served"
+        self.land(0)
+        return chunks
+
+    def begin(self, slot: int) -> list[Chunk]:
+        idle = [each for each in self.arrived if not each.in_flight]
+        chunks = self.scheduler.schedule(slot, self.num_microbatches)
+        self._check(chunks, idle)
+        return chunks
+
+    def land(self, slot: int, computed: bool = True) -> None:
+        chunks = self.scheduler.in_flight.get(slot, [])
+        ending = [chunk.sequence for chunk in chunks if chunk.ends_sequence]
         for chunk in chunks:
-            target, ends = chunk.sequence, chunk.ends_sequence
+            target = chunk.sequence
             if target.num_computed == 0:
                 self.computed[target] = []
-            self.computed[target] += range(target.num_computed, target.num_computed + chunk.num_tokens)
-            target.num_computed += chunk.num_tokens
-            if ends and append(target, WORD).finish_reason:
+            if computed:
+                self.computed[target] += range(target.num_computed, target.num_computed + chunk.num_tokens)
+        if chunks:
+            self.scheduler.land(slot, computed)
+        for target in ending if computed else ():
+            if target in self.arrived and append(target, WORD).finish_reason:
                 self._finish(target)
-        return chunks
 
     def run(self) -> None:
         for _ in range(10_000):
@@ -70,28 +96,38 @@ class Run:
             self.step()
         raise AssertionError("the work does not end")
 
+    @property
+    def running(self) -> list[Sequence]:
+        return self.scheduler.running
+
     def _finish(self, target: Sequence) -> None:
         assert self.computed[target] == list(range(target.num_tokens - 1)), "each token once, in order"
         self.arrived.remove(target)
         self.scheduler.remove(target)
         self.finished.append(target)
 
-    def _check(self, chunks: list[Chunk]) -> None:
+    def _check(self, chunks: list[Chunk], idle: list[Sequence]) -> None:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
-        assert len(scheduler.running) <= scheduler.max_sequences
-        owned = [block for each in self.arrived for block in each.block_table]
+        assert len(self.running) <= scheduler.max_sequences
+        holders = {*self.arrived, *self.running}  # those that were cancelled in flight hold theirs until they land
+        owned = [block for each in holders for block in each.block_table]
         assert len(owned) == len(set(owned)) == blocks.num_used, "a block has one owner"
         assert set(owned) <= set(range(blocks.num_blocks))
-        scheduled = [chunk.sequence for chunk in chunks]
+        scheduled = chunks_of(chunks)
         assert len(scheduled) == len(set(scheduled))
-        assert set(scheduled) <= set(scheduler.running)
+        assert set(scheduled) <= set(self.running) & set(idle), "nobody is computed twice at once"
         for chunk in chunks:
             assert 1 <= chunk.num_tokens <= chunk.sequence.num_uncomputed
             room = len(chunk.sequence.block_table) * blocks.block_size
             assert chunk.sequence.num_computed + chunk.num_tokens <= room
-        assert all(each in scheduled for each in scheduler.running if each.num_uncomputed == 1), "all decode"
-        assert [*scheduler.running, *scheduler.waiting] == self.arrived, "first come, first served"
-        assert not self.arrived or self.arrived[0] in scheduled, "the oldest always gets on"
+        in_flight = [chunk for own in scheduler.in_flight.values() for chunk in own]
+        assert prefill_tokens(in_flight) <= scheduler.prefill_chunk_tokens
+        if len(in_flight) == len(chunks):
+            assert not idle or idle[0] in scheduled, "the oldest always gets on"
+
+
+def chunks_of(chunks: list[Chunk]) -> list[Sequence]:
+    return [chunk.sequence for chunk in chunks]
 
 
 def prefill_tokens(chunks: list[Chunk]) -> int:
@@ -103,14 +139,14 @@ def prefill_tokens(chunks: list[Chunk]) -> int:
 
 
 def test_all_running_sequences_decode_in_every_step() -> None:
-    run = Run(Scheduler(BlockManager(100, 4), 8, 64))
+    run = Run(scheduling(100, 4, 8, 64))
     run.arrive(*(sequence(number, max_tokens=3) for number in (3, 5, 9)))
     run.step()
     assert [size for _, size in summary(run.step())] == [1, 1, 1]
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
-    run = Run(Scheduler(BlockManager(100, 4), 8, 10))
+    run = Run(scheduling(100, 4, 8, 10))
     talker, reader = sequence(2, max_tokens=9), sequence(35)
     run.arrive(talker, reader)
     assert summary(run.step()) == [(talker, 2), (reader, 8)]
@@ -123,20 +159,20 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 9))
 def test_prompts_share_one_budget_of_tokens_a_step(prompts: list[int], budget: int) -> None:
-    scheduler = Scheduler(BlockManager(100, 4), 8, budget)
+    scheduler = scheduling(100, 4, 8, budget)
     for num_prompt in prompts:
         scheduler.add(sequence(num_prompt))
     while scheduler.has_work:
-        chunks = scheduler.schedule()
+        chunks = scheduler.schedule(0, 1)
         assert prefill_tokens(chunks) <= budget
+        scheduler.land(0, computed=True)
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
             if not chunk.sequence.num_uncomputed:
                 scheduler.remove(chunk.sequence)
 
 
 def test_no_more_than_max_sequences_run_and_the_next_follows_in_turn() -> None:
-    run = Run(Scheduler(BlockManager(100, 4), 2, 64))
+    run = Run(scheduling(100, 4, 2, 64))
     first, second, third, fourth = (sequence(3, max_tokens=number) for number in (2, 3, 1, 1))
     run.arrive(first, second, third, fourth)
     assert summary(run.step()) == [(first, 3), (second, 3)]
@@ -150,7 +186,7 @@ def test_no_more_than_max_sequences_run_and_the_next_follows_in_turn() -> None:
 
 
 def test_the_youngest_gives_its_blocks_to_the_oldest() -> None:
-    run = Run(Scheduler(BlockManager(4, 2), 8, 64))
+    run = Run(scheduling(4, 2, 8, 64))
     old, young = sequence(3, max_tokens=4), sequence(2, max_tokens=4)
     run.arrive(old, young)
     run.run()
@@ -159,7 +195,7 @@ def test_the_youngest_gives_its_blocks_to_the_oldest() -> None:
 
 
 def test_a_preempted_sequence_waits_first_in_line_and_is_computed_anew() -> None:
-    scheduler = Scheduler(BlockManager(3, 2), 2, 64)
+    scheduler = scheduling(3, 2, 2, 64)
     run = Run(scheduler)
     old, young, later = sequence(2, max_tokens=5), sequence(1, max_tokens=5), sequence(1, max_tokens=1)
     run.arrive(old, young, later)
@@ -173,7 +209,7 @@ def test_a_preempted_sequence_waits_first_in_line_and_is_computed_anew() -> None
 
 
 def test_a_sequence_alone_can_use_every_block() -> None:
-    run = Run(Scheduler(BlockManager(3, 4), 8, 64))
+    run = Run(scheduling(3, 4, 8, 64))
     whole = sequence(5, max_tokens=100, max_context=12)
     run.arrive(whole)
     run.run()
@@ -182,7 +218,7 @@ def test_a_sequence_alone_can_use_every_block() -> None:
 
 
 def test_a_cancelled_sequence_frees_its_blocks_wherever_it_is() -> None:
-    run = Run(Scheduler(BlockManager(10, 2), 1, 4))
+    run = Run(scheduling(10, 2, 1, 4))
     running, waiting = sequence(7), sequence(3)
     run.arrive(running, waiting)
     run.step()
@@ -198,9 +234,7 @@ def test_a_cancelled_sequence_frees_its_blocks_wherever_it_is() -> None:
 def test_whatever_comes_and_goes_all_work_ends_and_all_blocks_are_free(data: st.DataObject) -> None:
     block_size, num_blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 12))
     context = block_size * num_blocks
-    run = Run(
-        Scheduler(BlockManager(num_blocks, block_size), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20)))
-    )
+    run = Run(scheduling(num_blocks, block_size, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))))
     lengths = data.draw(
         st.lists(st.tuples(st.integers(1, context - 1), st.integers(1, 12), st.integers(0, 20)), max_size=10)
     )
@@ -219,6 +253,113 @@ def test_whatever_comes_and_goes_all_work_ends_and_all_blocks_are_free(data: st.
     assert all(
         len(each.output_ids) == (each.params.max_tokens or 0) or each.num_tokens == context for each in run.finished
     )
+
+
+# --- microbatches ---
+
+
+def test_microbatches_share_what_there_is() -> None:
+    run = Run(scheduling(100, 4, 8, 64), num_microbatches=2)
+    run.arrive(*(sequence(3) for _ in range(4)))
+    assert [len(run.begin(slot)) for slot in (0, 1)] == [2, 2]
+    run.land(0)
+    assert len(run.begin(0)) == 2
+
+
+def test_a_microbatch_that_got_dearer_leaves_some_to_the_other() -> None:
+    run = Run(scheduling(100, 4, 8, 64), num_microbatches=2)
+    first, second, *others = (sequence(1, max_tokens=1 if number in (1, 3, 5) else 9) for number in range(6))
+    run.arrive(first, second, *others)
+    run.begin(0), run.begin(1)
+    run.land(0), run.land(1)
+    assert len(run.arrived) == 3
+    assert [len(run.begin(slot)) for slot in (0, 1)] == [2, 1]
+
+
+def test_one_sequence_is_never_in_two_microbatches() -> None:
+    run = Run(scheduling(100, 4, 8, 4), num_microbatches=3)
+    run.arrive(sequence(30))
+    assert [len(run.begin(slot)) for slot in (0, 1, 2)] == [1, 0, 0]
+
+
+def test_fewer_microbatches_take_over_what_the_others_had() -> None:
+    run = Run(scheduling(100, 4, 8, 64), num_microbatches=3)
+    run.arrive(*(sequence(1) for _ in range(6)))
+    assert [len(run.begin(slot)) for slot in (0, 1, 2)] == [2, 2, 2]
+    run.num_microbatches = 1
+    for slot in (1, 2):
+        run.land(slot)
+        assert run.begin(slot) == []
+    run.land(0)
+    assert len(run.begin(0)) == 6
+
+
+def test_nobody_in_flight_is_preempted_and_the_oldest_gets_its_turn() -> None:
+    run = Run(scheduling(4, 1, 8, 64), num_microbatches=2)
+    old, young = sequence(2, max_tokens=3), sequence(1, max_tokens=2)
+    run.arrive(old, young)
+    assert [chunks_of(run.begin(slot)) for slot in (0, 1)] == [[old], [young]]
+    run.land(0)
+    assert chunks_of(run.begin(0)) == [old]
+    run.land(0)
+    assert run.begin(0) == []  # the last block is the young one's, which is in flight
+    run.land(1)
+    assert (chunks_of(run.begin(0)), run.scheduler.num_preemptions) == ([old], 1)
+
+
+def test_blocks_of_a_sequence_that_is_cancelled_in_flight_are_free_when_it_lands() -> None:
+    run = Run(scheduling(10, 2, 8, 64), num_microbatches=2)
+    leaving, other = sequence(3), sequence(3)
+    run.arrive(leaving, other)
+    run.begin(0), run.begin(1)
+    run.cancel(leaving)
+    assert leaving.block_table
+    run.land(0)
+    assert (leaving.block_table, run.running) == ([], [other])
+
+
+def test_a_microbatch_that_came_to_nothing_is_computed_anew() -> None:
+    run = Run(scheduling(10, 2, 8, 64), num_microbatches=2)
+    target = sequence(5, max_tokens=1)
+    run.arrive(target)
+    before = run.begin(0)
+    run.land(0, computed=False)
+    assert run.begin(1) == before
+    run.land(1)
+    assert run.finished == [target]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_however_microbatches_take_turns_all_work_ends_and_all_blocks_are_free(data: st.DataObject) -> None:
+    block_size, num_blocks = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 12))
+    context = block_size * num_blocks
+    run = Run(
+        scheduling(num_blocks, block_size, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))),
+        num_microbatches=data.draw(st.integers(2, 4)),
+    )
+    for _ in range(data.draw(st.integers(1, 60))):
+        match data.draw(st.sampled_from(("arrive", "begin", "begin", "land", "land", "fail", "cancel"))):
+            case "arrive":
+                run.arrive(sequence(data.draw(st.integers(1, context - 1)), data.draw(st.integers(1, 9)), context))
+            case "begin":
+                free = [slot for slot in range(run.num_microbatches) if slot not in run.scheduler.in_flight]
+                if free:
+                    run.begin(data.draw(st.sampled_from(free)))
+            case "cancel":
+                if run.arrived:
+                    run.cancel(data.draw(st.sampled_from(run.arrived)))
+            case ended:
+                if run.scheduler.in_flight:
+                    run.land(data.draw(st.sampled_from(sorted(run.scheduler.in_flight))), computed=ended == "land")
+    for turn in range(10_000):
+        if not run.scheduler.has_work:
+            break
+        slot = turn % run.num_microbatches
+        run.land(slot)
+        run.begin(slot)
+    assert not run.arrived
+    assert run.scheduler.blocks.num_free == num_blocks
 
 
 # --- blocks ---

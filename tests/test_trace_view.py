@@ -19,7 +19,9 @@ from afd.trace_view.flights import flights
 from afd.trace_view.steps import Part
 from afd.trace_view.view import View, account
 
-RECORDED = Path(__file__).parent / "data" / "decode_trace.jsonl"  # a prefill and a decode step; 5 layers, 2 shards
+DATA = Path(__file__).parent / "data"
+RECORDED = DATA / "decode_trace.jsonl"  # a prefill and a decode step; 5 layers, 2 shards
+OVERLAPPING = DATA / "overlapping_steps.jsonl"  # 4 sequences in two microbatches, 3 layers, 1 shard
 MS = 1_000_000
 
 
@@ -111,9 +113,27 @@ def test_a_recorded_file_gives_its_decode_steps() -> None:
 
 def test_all_of_a_recorded_step_lies_within_it() -> None:
     for step in load_steps(RECORDED):
-        assert min(interval.start_ns for interval in step.intervals) == 0
+        assert min(interval.start_ns for interval in step.intervals) >= 0
         assert max(interval.end_ns for interval in step.intervals) <= step.duration_ns
         assert all(0 <= handoff.sent_ns < handoff.arrived_ns <= step.duration_ns for handoff in step.handoffs)
+
+
+def test_a_frame_that_is_away_at_a_steps_end_is_a_handoff_of_both_steps() -> None:
+    steps = load_steps(OVERLAPPING)
+    for step, following in itertools.pairwise(steps):
+        away = [handoff for handoff in step.handoffs if handoff.arrived_ns > step.duration_ns]
+        came_back = [handoff for handoff in following.handoffs if handoff.sent_ns < 0]
+        later_ns = following.start_ns - step.start_ns
+        assert [handoff.sent_ns - later_ns for handoff in away] == [handoff.sent_ns for handoff in came_back]
+    assert sum(handoff.sent_ns < 0 for step in steps for handoff in step.handoffs) >= len(steps) - 2
+
+
+def test_a_step_is_drawn_as_long_as_it_was_though_frames_reach_beyond_it() -> None:
+    for step in load_steps(OVERLAPPING):
+        for layers in (None, range(3)):
+            view = View.of(step, layers)
+            assert 0 <= view.start_ns < view.end_ns <= step.duration_ns
+            assert all(view.start_ns <= bar.start_ns < bar.end_ns <= view.end_ns for bar in view.bars)
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_skipped(tmp_path: Path) -> None:
@@ -250,7 +270,9 @@ def test_the_svg_says_for_each_side_how_busy_it_was_and_where_the_rest_of_the_st
     assert f"FFN 0/2: busy 30 %, bubble 70 % ({bubble})" in texts
 
 
-@pytest.mark.parametrize("step", [overlapped_step(), serial_step(1), deep_step(61), *load_steps(RECORDED)])
+@pytest.mark.parametrize(
+    "step", [overlapped_step(), serial_step(1), deep_step(61), *load_steps(RECORDED), *load_steps(OVERLAPPING)]
+)
 def test_busy_and_bubble_of_every_side_are_the_whole_step(step: Step) -> None:
     sums = account(View.of(step, None))
     assert len(sums.sides) == 1 + step.num_shards
@@ -349,8 +371,9 @@ def test_chrome_gets_a_process_for_attention_and_for_every_shard() -> None:
     assert computing[1]["args"] == {"step": 0, "layer": 0, "microbatch": 1}
 
 
-def test_chrome_events_of_one_thread_never_overlap_halfway() -> None:
-    events = [event for event in to_chrome(load_steps(RECORDED))["traceEvents"] if event["ph"] == "X"]
+@pytest.mark.parametrize("path", [RECORDED, OVERLAPPING])
+def test_chrome_events_of_one_thread_never_overlap_halfway(path: Path) -> None:
+    events = [event for event in to_chrome(load_steps(path))["traceEvents"] if event["ph"] == "X"]
     for one, other in itertools.combinations(sorted(events, key=lambda event: event["ts"]), 2):
         if (one["pid"], one["tid"]) == (other["pid"], other["tid"]):
             end, other_end = one["ts"] + one["dur"], other["ts"] + other["dur"]

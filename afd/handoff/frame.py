@@ -60,16 +60,13 @@ class Crossing(NamedTuple):
 
 
 class InFlight(Protocol):
-    """What the handoff needs of a microbatch: which one it is, and where to note its crossings."""
+    """What the handoff needs of a microbatch."""
 
     @property
     def slot(self) -> int: ...
 
     @property
     def num_tokens(self) -> int: ...
-
-    @property
-    def crossings(self) -> list[Crossing]: ...
 
 
 class FFN(Protocol):
@@ -93,6 +90,9 @@ class FFN(Protocol):
 
     def drop(self, batch: InFlight) -> None:
         """Forgets what was sent for this microbatch, here and in the shards' queues."""
+
+    def take_crossings(self) -> list[Crossing]:
+        """The times of all that was received since they were last taken."""
 
     def close(self) -> None:
         """Ends the connections."""

@@ -19,6 +19,7 @@ class LocalFFN:
     def __init__(self, shard: FFNShard) -> None:
         self.shard = shard
         self._pending: dict[int, tuple[int, Tensor, Routing | None]] = {}
+        self._crossings: list[Crossing] = []
 
     def buffer(self, batch: InFlight) -> None:
         return None
@@ -32,11 +33,15 @@ class LocalFFN:
         output = self.shard(layer_idx, ffn_input, routing)
         end = time.perf_counter_ns()
         timing = Timing(0, end - start, ffn_input.shape[0])
-        batch.crossings.append(Crossing(0, layer_idx, batch.slot, start, end, timing))
+        self._crossings.append(Crossing(0, layer_idx, batch.slot, start, end, timing))
         return output
 
     def drop(self, batch: InFlight) -> None:
         self._pending.pop(batch.slot, None)
+
+    def take_crossings(self) -> list[Crossing]:
+        taken, self._crossings = self._crossings, []
+        return taken
 
     def close(self) -> None:
         self._pending.clear()

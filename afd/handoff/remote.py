@@ -53,6 +53,7 @@ class RemoteFFN:
         self.traceparent = traceparent
         self._sent: dict[int, tuple[Frame, int]] = {}  # by slot: what is under way, and since when
         self._frame_ids = itertools.count(1)
+        self._crossings: list[Crossing] = []
 
     @property
     def transport_names(self) -> tuple[str, ...]:
@@ -74,7 +75,7 @@ class RemoteFFN:
         for shard, transport in enumerate(self.transports):
             output = transport.receive(frame, self.timeout_s)
             total = output.ffn_output if total is None else total + output.ffn_output
-            batch.crossings.append(
+            self._crossings.append(
                 Crossing(shard, frame.layer_idx, batch.slot, sent_ns, output.arrived_ns, output.timing)
             )
         assert total is not None
@@ -86,6 +87,10 @@ class RemoteFFN:
             self.frames.withdraw(batch.slot)
             for transport in self.transports:
                 transport.drop(frame)
+
+    def take_crossings(self) -> list[Crossing]:
+        taken, self._crossings = self._crossings, []
+        return taken
 
     def close(self) -> None:
         for transport in self.transports:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from afd.trace_view.steps import Step
-from afd.trace_view.view import Bar, bars_of, letter
+from afd.trace_view.view import Bar, View, letter
 
 _PIDS_PER_REPLICA = 1000
 _Event = dict[str, Any]
@@ -50,7 +50,7 @@ def _meta(what: str, pid: int, tid: int, **args: object) -> _Event:
 def _slices(step: Step, pid: int, start_ns: int) -> Iterator[_Event]:
     whole = {"name": f"decode step {step.index}", "cat": "step", "pid": pid, "tid": 0}
     yield _slice(whole, start_ns, step.duration_ns, step.attributes)
-    for bar in bars_of(step):
+    for bar in View.of(step, None).bars:
         of_layer = {"layer": bar.layer_idx, "microbatch": bar.microbatch} if bar.layer_idx >= 0 else {}
         yield _slice(_about(bar, pid), start_ns + bar.start_ns, bar.duration_ns, {"step": step.index, **of_layer})
 

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -51,7 +52,11 @@ class Handoff:
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step of one attention replica. `start_ns` is since the epoch, on that replica's host."""
+    """One decode step of one attention replica. `start_ns` is since the epoch, on that replica's host.
+
+    Microbatches that are away when it begins or ends have handoffs that reach beyond it, and attention waits for them
+    in the step in which they come back.
+    """
 
     index: int
     replica: str
@@ -112,17 +117,40 @@ def load_steps(path: Path) -> list[Step]:
     Lines that a process was killed in while writing are skipped, and steps that no interval is known of. Raises
     ConfigError if the file cannot be read, is no OTLP JSON, or has no decode step.
     """
-    roots: list[_Span] = []
+    roots: dict[str, list[_Span]] = defaultdict(list)  # by replica
     children: dict[tuple[str, str], list[_Span]] = defaultdict(list)
     for span in _read_spans(path):
         if span.name == "decode_step":
-            roots.append(span)
+            roots[span.replica].append(span)
         elif span.name == "handoff" or span.name in _PART_OF_SPAN:
             children[span.parent].append(span)
-    roots = sorted((root for root in roots if children[root.key]), key=lambda root: root.start_ns)
-    if not roots:
+    found: list[tuple[_Span, list[_Span]]] = []
+    for own in roots.values():
+        own.sort(key=lambda root: root.start_ns)
+        for root, following in zip_longest(own, own[1:]):
+            if children[root.key]:
+                away = _away(root, children[following.key]) if following else []
+                found.append((root, [*children[root.key], *away]))
+    if not found:
         raise ConfigError(f"{path} has no decode step in it; {_HOW_TO_RECORD}, send a request, and stop the mesh")
-    return [_step(index, root, children[root.key]) for index, root in enumerate(roots)]
+    found.sort(key=lambda step: step[0].start_ns)
+    return [_step(index, root, spans) for index, (root, spans) in enumerate(found)]
+
+
+def _away(root: _Span, following: list[_Span]) -> list[_Span]:
+    """Of the spans of the step after this one: frames that were sent in this one, and where they were waited for."""
+    handoffs = [span for span in following if span.name == "handoff" and span.start_ns < root.end_ns]
+    frames = {_frame(handoff) for handoff in handoffs}
+    waits: dict[tuple[int, int], _Span] = {}
+    for span in sorted(following, key=lambda span: span.start_ns):
+        if span.name == "receive" and _frame(span) in frames:
+            waits.setdefault(_frame(span), span)
+    return [*handoffs, *waits.values()]
+
+
+def _frame(span: _Span) -> tuple[int, int]:
+    """The layer and the microbatch, -1 where it belongs to none."""
+    return span.attributes.get("afd.layer_idx", -1), span.attributes.get("afd.microbatch", -1)
 
 
 def _read_spans(path: Path) -> Iterator[_Span]:
@@ -178,12 +206,12 @@ def _value(tagged: dict[str, Any]) -> Any:
 
 
 def _step(index: int, root: _Span, children: list[_Span]) -> Step:
-    start_ns = min(span.start_ns for span in (root, *children))  # the first `schedule` precedes its root
+    start_ns = root.start_ns
     return Step(
         index=index,
         replica=root.replica,
         start_ns=start_ns,
-        duration_ns=max(span.end_ns for span in (root, *children)) - start_ns,
+        duration_ns=root.end_ns - start_ns,
         attributes=root.attributes,
         intervals=tuple(_interval(child, start_ns) for child in children if child.name in _PART_OF_SPAN),
         handoffs=tuple(_handoff(child, start_ns) for child in children if child.name == "handoff"),
@@ -191,20 +219,22 @@ def _step(index: int, root: _Span, children: list[_Span]) -> Step:
 
 
 def _interval(span: _Span, origin_ns: int) -> Interval:
+    layer_idx, microbatch = _frame(span)
     return Interval(
         part=_PART_OF_SPAN[span.name],
-        layer_idx=span.attributes.get("afd.layer_idx", -1),
-        microbatch=span.attributes.get("afd.microbatch", -1),
+        layer_idx=layer_idx,
+        microbatch=microbatch,
         start_ns=span.start_ns - origin_ns,
         end_ns=span.end_ns - origin_ns,
     )
 
 
 def _handoff(span: _Span, origin_ns: int) -> Handoff:
+    layer_idx, microbatch = _frame(span)
     return Handoff(
         shard=span.attributes.get("afd.shard", 0),
-        layer_idx=span.attributes.get("afd.layer_idx", -1),
-        microbatch=span.attributes.get("afd.microbatch", -1),
+        layer_idx=layer_idx,
+        microbatch=microbatch,
         sent_ns=span.start_ns - origin_ns,
         arrived_ns=span.end_ns - origin_ns,
         queue_ns=span.attributes.get("afd.ffn.queue_ns", 0),

@@ -58,7 +58,8 @@ class View:
             asked = f"{layers[0]}-{layers[-1]}" if layers else "none"
             raise ConfigError(f"the step has layers 0 to {step.num_layers - 1}; asked for was {asked}")
         existing = range(layers[0], min(layers[-1] + 1, step.num_layers))
-        return cls(step, existing, min(bar.start_ns for bar in bars), max(bar.end_ns for bar in bars))
+        start_ns, end_ns = min(bar.start_ns for bar in bars), max(bar.end_ns for bar in bars)
+        return cls(step, existing, max(0, start_ns), min(end_ns, step.duration_ns))
 
     @property
     def duration_ns(self) -> int:

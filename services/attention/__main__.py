@@ -28,13 +28,14 @@ from afd.telemetry import serve_metrics
 from afd.v1 import attention_pb2 as pb
 from afd.v1 import attention_pb2_grpc
 from services.attention.block_manager import BlockManager
+from services.attention.chunk import ChunkCost
 from services.attention.decoder import Decoder
 from services.attention.engine import Delivery, Engine
 from services.attention.ffn_connector import FfnConnector
 from services.attention.journal import Journal
 from services.attention.metrics import AttentionCollector
 from services.attention.microbatch import MicrobatchBuilder
-from services.attention.pipeline import ChunkCost, Pipeline
+from services.attention.pipeline import Pipeline
 from services.attention.scheduler import Scheduler
 from services.attention.servicer import AttentionServicer
 from services.attention.step_tracer import StepTracer
@@ -64,7 +65,10 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         engine = Engine(
             decoder=await _decoder(settings, checkpoint, num_blocks, connector, compute, dtype, device),
             scheduler=Scheduler(
-                BlockManager(num_blocks, settings.block_size), settings.max_sequences, settings.prefill_chunk_tokens
+                BlockManager(num_blocks, settings.block_size),
+                settings.max_sequences,
+                settings.prefill_chunk_tokens,
+                ChunkCost.of(checkpoint.config, settings.ffn_shards),
             ),
             builder=MicrobatchBuilder(
                 settings.block_size,
@@ -72,7 +76,6 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
                 checkpoint.config.rope_theta,
                 dtype,
                 device,
-                ChunkCost.of(checkpoint.config, settings.ffn_shards),
             ),
             pipeline=Pipeline(settings.microbatch_counts),
             tracer=tracer,

@@ -1,44 +1,41 @@
-"""The heart: one pass of a step's microbatches through all layers."""
+"""The heart: one pass of a microbatch through all layers."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from afd.handoff.frame import FFN
 from afd.model.kv_cache import KVCache
 from afd.model.stack import AttentionStack
 from services.attention.microbatch import Microbatch
-from services.attention.timeline import StepTimeline
+from services.attention.timeline import Timeline
 
 
 class Decoder:
-    """Attention here, FFN behind the seam. While one microbatch is away, the next one's attention runs."""
+    """Attention here, FFN behind the seam."""
 
     def __init__(self, stack: AttentionStack, cache: KVCache, ffn: FFN) -> None:
         self.stack = stack
         self.cache = cache
         self.ffn = ffn
 
-    def forward(self, microbatches: list[Microbatch], timeline: StepTimeline) -> None:
-        """Leaves each microbatch's last hidden states in it. Raises PeerUnavailable if an FFN shard is lost; the
-        same step can then be run again: what it wrote to the KV cache is what it will write."""
-        for batch in microbatches:
-            batch.hidden_states = self.stack.embed(batch.token_ids)
+    def forward(self, batch: Microbatch, timeline: Timeline) -> Iterator[None]:
+        """Leaves the last hidden states in the microbatch. Pauses whenever it is away at the FFN, so that another one
+        can be attended to meanwhile. Raises PeerUnavailable if an FFN shard is lost; the microbatch can then be run
+        again: what it wrote to the KV cache is what it will write."""
+        batch.hidden_states = self.stack.embed(batch.token_ids)
         for layer_idx in range(len(self.stack.layers)):
-            for batch in self._awaited(microbatches):
-                if layer_idx:
-                    self._receive(batch, layer_idx - 1, timeline)
-                self._attend_and_send(batch, layer_idx, timeline)
-        for batch in self._awaited(microbatches):
-            self._receive(batch, len(self.stack.layers) - 1, timeline)
+            self._attend_and_send(batch, layer_idx, timeline)
+            yield
+            self._receive(batch, layer_idx, timeline)
 
-    def logits(self, microbatches: list[Microbatch]) -> Tensor:
-        """Logits [sequences sampled, V] float32, one microbatch after the other."""
-        last = [batch.hidden_states[batch.sampled_rows] for batch in microbatches]
-        return self.stack.logits(torch.cat(last))
+    def logits(self, batch: Microbatch) -> Tensor:
+        """Logits [sequences sampled, V] float32."""
+        return self.stack.logits(batch.hidden_states[batch.sampled_rows])
 
-    def _attend_and_send(self, batch: Microbatch, layer_idx: int, timeline: StepTimeline) -> None:
+    def _attend_and_send(self, batch: Microbatch, layer_idx: int, timeline: Timeline) -> None:
         with timeline.measure("attention", layer_idx, batch.slot):
             batch.hidden_states, ffn_input, routing = self.stack.layers[layer_idx].attend(
                 batch.hidden_states,
@@ -50,14 +47,6 @@ class Decoder:
         with timeline.measure("send", layer_idx, batch.slot):
             self.ffn.send(batch, layer_idx, ffn_input, routing)
 
-    def _receive(self, batch: Microbatch, layer_idx: int, timeline: StepTimeline) -> None:
+    def _receive(self, batch: Microbatch, layer_idx: int, timeline: Timeline) -> None:
         with timeline.measure("receive", layer_idx, batch.slot):
             batch.hidden_states += self.ffn.receive(batch)  # residual + every shard's partial sum
-
-    def _awaited(self, microbatches: list[Microbatch]) -> list[Microbatch]:
-        """Those that somebody still waits for; the frames of the others are dropped."""
-        awaited = [batch for batch in microbatches if not batch.abandoned]
-        for batch in microbatches:
-            if batch not in awaited:
-                self.ffn.drop(batch)
-        return awaited

@@ -1,13 +1,19 @@
-"""The engine: one thread that runs step after step. The network talks to it through a queue of commands."""
+"""The engine: one thread that runs step after step. The network talks to it through a queue of commands.
+
+Microbatches take turns, each in its slot: one goes on until it is away at the FFN, then the next one does. When one is
+through all layers, its tokens are sampled and the slot's next microbatch begins, wherever the others are. A step is the
+time in which each goes through all layers once: it ends when the one ends that leads.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,18 +23,20 @@ from afd.handoff.frame import FFN
 from afd.model.sampler import sample
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
+from services.attention.chunk import Chunk
 from services.attention.decoder import Decoder
 from services.attention.microbatch import Microbatch, MicrobatchBuilder
 from services.attention.pipeline import Pipeline
-from services.attention.scheduler import Chunk, Scheduler
+from services.attention.scheduler import Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.step_tracer import StepTracer
-from services.attention.timeline import StepCounters, StepTimeline
+from services.attention.timeline import StepCounters, Timeline
 
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 1.0
 _RECONNECT_PAUSE_S = 0.1
+_END = object()
 _NOT_FINITE = "the logits are not finite: the weights are damaged, or the arithmetic overflowed"
 
 
@@ -50,8 +58,13 @@ class _Cancel:
     sequence: Sequence
 
 
+class _UnderWay(NamedTuple):
+    batch: Microbatch
+    layers: Iterator[None]
+
+
 class Engine:
-    """`deliver` is called once a step with all that came of it: when the next one is prepared, so that the network's
+    """`deliver` is called with all that came of a microbatch when the next one is prepared, so that the network's
     thread works while this one waits for arithmetic. `reconnect` makes the FFN anew after a loss."""
 
     def __init__(
@@ -73,13 +86,20 @@ class Engine:
         self.deliver = deliver
         self.reconnect = reconnect
         self.recovery_s = recovery_s
+        self.timeline = Timeline()
         self.counters = StepCounters()
-        self.num_in_flight = 0
-        self._microbatches: list[Microbatch] = []
+        self._num_microbatches = 0
+        self._under_way: dict[int, _UnderWay] = {}  # by slot
+        self._leader = 0  # its slot
+        self._landed: list[Chunk] = []  # in this step
         self._undelivered: list[Delivery] = []
         self._commands: queue.SimpleQueue[_Add | _Cancel | None] = queue.SimpleQueue()
         self._stopping = False
         self._ended: Future[None] | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._under_way)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -87,14 +107,15 @@ class Engine:
         Raises what a step raises."""
         sequence = Sequence(SequenceKey("warm-up"), 0, [0], [], SamplingParams(), (), 1, block_table=[0])
         batch = self.builder.build(0, [Chunk(sequence, 1)])
-        self.decoder.forward([batch], StepTimeline())
-        self.decoder.logits([batch])
+        for _ in self.decoder.forward(batch, self.timeline):
+            pass
+        self.decoder.logits(batch)
 
     def start(self, compute: ComputeThread) -> None:
         self._ended = compute.submit(self._run)
 
     def stop(self) -> None:
-        """Ends after the current step. Sequences that are left are cancelled."""
+        """Ends soon. Sequences that are left are cancelled."""
         self._stopping = True
         self._commands.put(None)
         if self._ended:
@@ -105,23 +126,18 @@ class Engine:
         self._commands.put(_Add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Removes a sequence at the next step; a microbatch that nobody else is in is dropped at its next layer."""
+        """Removes a sequence as soon as no microbatch computes it; one that nobody else is in is dropped at its next
+        layer."""
         sequence.cancelled = True
         self._commands.put(_Cancel(sequence))
 
     @torch.inference_mode()
     def _run(self) -> None:
         while not self._stopping:
-            if not self.scheduler.has_work:
-                self._hand_over()
             self._take_commands()
-            timeline = StepTimeline()
-            with timeline.measure("schedule"):
-                chunks = self.scheduler.schedule()
-            if chunks:
-                self._run_step(chunks, timeline)
-            else:
-                self._hand_over()
+            for slot in range(self.pipeline.most):
+                self._take_turn(slot)
+        self._abandon()
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -131,6 +147,8 @@ class Engine:
 
     def _take_commands(self) -> None:
         """Acts on what the network asked for; with nothing else to do, waits for it."""
+        if not self.scheduler.has_work:
+            self._hand_over()
         while True:
             try:
                 command = self._commands.get(block=not self.scheduler.has_work, timeout=_IDLE_WAIT_S)
@@ -143,68 +161,104 @@ class Engine:
             if self._stopping:
                 return
 
-    def _run_step(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
+    def _take_turn(self, slot: int) -> None:
         try:
-            self._step(chunks, timeline)
+            self._turn(slot)
         except PeerUnavailable as error:
             self._abandon(error)
             self._recover(error)
         except AfdError as error:
-            self._abandon(error)
-            self._fail([chunk.sequence for chunk in chunks], error)
+            self._fail(self._abandon(error)[slot], error)
         except Exception as error:
             log.exception("a step failed")
-            self._abandon(error)
-            self._fail([chunk.sequence for chunk in chunks], InternalError("the step failed; the log has the reason"))
+            self._fail(self._abandon(error)[slot], InternalError("the step failed; the log has the reason"))
 
-    def _step(self, chunks: list[Chunk], timeline: StepTimeline) -> None:
-        self.tracer.begin(chunks, timeline, self.decoder.ffn.transport_names)
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        with timeline.measure("schedule"):
-            self._microbatches = self.builder.split(chunks, self.pipeline.choose(len(chunks), num_tokens))
+    def _turn(self, slot: int) -> None:
+        if slot in self._under_way and not self._go_on(slot):
+            return
+        if self._begin(slot):
+            self._go_on(slot)
+
+    def _begin(self, slot: int) -> bool:
+        """Prepares the slot's next microbatch. False if there is nothing for it."""
+        if not self._under_way:
+            self._begin_step()
+        with self.timeline.measure("schedule"):
+            chunks = self.scheduler.schedule(slot, self._num_microbatches)
+            if chunks:
+                batch = self.builder.build(slot, chunks)
+                self._under_way[slot] = _UnderWay(batch, self.decoder.forward(batch, self.timeline))
         self._hand_over()
-        self.num_in_flight = len(self._microbatches)
-        self.decoder.forward(self._microbatches, timeline)
-        self.num_in_flight = 0
-        for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
-        deliveries = self._sample(self._microbatches, timeline)
-        self._undelivered += deliveries
-        timeline.end_ns = time.perf_counter_ns()
-        for batch in self._microbatches:
-            timeline.crossings += batch.crossings
-        self.pipeline.observe(timeline.end_ns - timeline.start_ns)
-        self.counters.add(timeline, len(self._microbatches), num_tokens, len(deliveries))
-        self.tracer.end(timeline)
+        return bool(chunks)
 
-    def _sample(self, microbatches: list[Microbatch], timeline: StepTimeline) -> list[Delivery]:
-        awaited = [batch for batch in microbatches if batch.sampled and not batch.abandoned]
-        if not awaited:
-            return []
-        with timeline.measure("lm_head"):
-            logits = self.decoder.logits(awaited)
-        with timeline.measure("sample"):
-            sequences = [sequence for batch in awaited for sequence in batch.sampled]
-            tokens = sample(logits, [sequence.sampler_row() for sequence in sequences])
-            finite = logits.isfinite().all(dim=-1).tolist()
-            deliveries = [
-                Delivery(sequence, sequence.append(token) if is_finite else InternalError(_NOT_FINITE))
-                for sequence, token, is_finite in zip(sequences, tokens, finite, strict=True)
-            ]
+    def _go_on(self, slot: int) -> bool:
+        """A layer more. True if that was the end."""
+        if self._leader not in self._under_way:
+            self._leader = slot
+        batch, layers = self._under_way[slot]
+        if not batch.abandoned and next(layers, _END) is not _END:
+            return False
+        self._land(batch)
+        if slot == self._leader:
+            self._end_step()
+        return True
+
+    def _land(self, batch: Microbatch) -> None:
+        """Ends a microbatch that is through all layers, or that nobody waits for any more."""
+        deliveries: list[Delivery] = []
+        if batch.abandoned:
+            self.decoder.ffn.drop(batch)
+        elif batch.sampled:
+            deliveries = self._sample(batch)
+        self.scheduler.land(batch.slot, computed=not batch.abandoned)
         for delivery in deliveries:
             if isinstance(delivery.event, AfdError) or delivery.event.finish_reason:
                 self.scheduler.remove(delivery.sequence)
-        return deliveries
+        del self._under_way[batch.slot]
+        self._landed += batch.chunks
+        self._undelivered += deliveries
+        self.counters.add_microbatch(batch.num_tokens, len(deliveries))
 
-    def _abandon(self, error: Exception) -> None:
-        """Ends a step that failed: nothing of it is kept."""
-        self.tracer.fail(error)
-        for batch in self._microbatches:
+    def _sample(self, batch: Microbatch) -> list[Delivery]:
+        with self.timeline.measure("lm_head"):
+            logits = self.decoder.logits(batch)
+        with self.timeline.measure("sample"):
+            tokens = sample(logits, [sequence.sampler_row() for sequence in batch.sampled])
+            finite = logits.isfinite().all(dim=-1).tolist()
+            return [
+                Delivery(sequence, sequence.append(token) if is_finite else InternalError(_NOT_FINITE))
+                for sequence, token, is_finite in zip(batch.sampled, tokens, finite, strict=True)
+            ]
+
+    def _begin_step(self) -> None:
+        self.timeline.begin()
+        self.tracer.begin(self.timeline.start_ns, self.decoder.ffn.transport_names)
+        self.decoder.ffn.take_crossings()  # of what came to nothing
+        self._landed = []
+        self._num_microbatches = self.pipeline.choose(len(self.scheduler.running) + len(self.scheduler.waiting))
+
+    def _end_step(self) -> None:
+        step = self.timeline.end(self.decoder.ffn.take_crossings())
+        self.counters.add_step(step)
+        self.tracer.end(step, self._landed)
+        if all(chunk.num_tokens == 1 for chunk in self._landed):
+            self.pipeline.observe(step.duration_ns / len(self._landed))
+        self._begin_step()
+
+    def _abandon(self, error: Exception | None = None) -> dict[int, list[Sequence]]:
+        """Ends all microbatches: nothing of them is kept. Returns the sequences that were in each slot's."""
+        if error:
+            self.tracer.fail(error)
+        for batch, _ in self._under_way.values():
             self.decoder.ffn.drop(batch)
-        self.num_in_flight = 0
+        self._under_way.clear()
+        in_flight = {slot: [chunk.sequence for chunk in chunks] for slot, chunks in self.scheduler.in_flight.items()}
+        for slot in in_flight:
+            self.scheduler.land(slot, computed=False)
+        return in_flight
 
     def _recover(self, error: PeerUnavailable) -> None:
-        """Connects anew, within recovery_s; the step is then scheduled again, as nothing of it was kept."""
+        """Connects anew, within recovery_s; what was under way is then scheduled again, as nothing of it was kept."""
         log.warning("the step is put off: %s", error)
         deadline = time.monotonic() + self.recovery_s
         self.decoder.ffn.close()

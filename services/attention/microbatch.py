@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from afd.handoff.frame import Crossing
 from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation
 from afd.model.mfa import AttentionBatch
-from services.attention.pipeline import ChunkCost, balanced
-from services.attention.scheduler import Chunk
+from services.attention.chunk import Chunk
 from services.attention.sequence import Sequence
 
 
@@ -28,7 +26,6 @@ class Microbatch:
     sampled: list[Sequence]  # sequences that get a token from this step
     sampled_rows: Tensor  # the row of each one's last token
     hidden_states: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, D]
-    crossings: list[Crossing] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -47,11 +44,6 @@ class MicrobatchBuilder:
     rope_theta: float
     dtype: torch.dtype
     device: torch.device
-    cost: ChunkCost
-
-    def split(self, chunks: list[Chunk], num_microbatches: int) -> list[Microbatch]:
-        """At most num_microbatches parts of about the same cost; a sequence is never split."""
-        return [self.build(slot, part) for slot, part in enumerate(balanced(chunks, num_microbatches, self.cost))]
 
     def build(self, slot: int, chunks: Items[Chunk]) -> Microbatch:
         ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)

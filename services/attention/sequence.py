@@ -43,6 +43,7 @@ class Sequence:
     span_context: SpanContext | None = None
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    in_flight: bool = False  # a microbatch is computing its next tokens
     cancelled: bool = False  # set by the network's thread, acted on by the engine
 
     @property

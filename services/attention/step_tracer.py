@@ -9,44 +9,61 @@ import threading
 from opentelemetry import trace
 
 from afd.telemetry import clock_ns, traceparent, tracer
-from services.attention.scheduler import Chunk
+from services.attention.chunk import Chunk
 from services.attention.timeline import StepTimeline
 
 
 class StepTracer:
     def __init__(self) -> None:
-        self.traceparent = ""  # of the current step; empty unless it is sampled
-        self._span: trace.Span = trace.INVALID_SPAN
+        self._start_ns = 0
+        self._transport_names: tuple[str, ...] = ()
+        self._span: trace.Span | None = None  # begun when it is first asked for
         self._finished: queue.SimpleQueue[tuple[trace.Span, StepTimeline]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="step-tracer", daemon=True).start()
 
-    def begin(self, chunks: list[Chunk], timeline: StepTimeline, transport_names: tuple[str, ...]) -> None:
-        """Starts the step's span, linked to the requests that are in it. transport_names: of each FFN shard, if any."""
-        requests = {chunk.sequence.key.request_id: chunk.sequence.span_context for chunk in chunks}
-        self._span = tracer.start_span(
-            "decode_step",
-            context=trace.set_span_in_context(trace.INVALID_SPAN),
-            links=[trace.Link(context) for context in requests.values() if context is not None and context.is_valid],
-            start_time=clock_ns(timeline.start_ns),
-            attributes={
-                "afd.num_ffn_shards": len(transport_names),
-                "afd.handoff.transports": transport_names,
-                "afd.num_sequences": len(chunks),
-                "afd.num_tokens": sum(chunk.num_tokens for chunk in chunks),
-            },
-        )
-        self.traceparent = traceparent(self._span)
+    def begin(self, start_ns: int, transport_names: tuple[str, ...]) -> None:
+        """A step begins, or begins anew where nothing came of it. transport_names: of each FFN shard, if any."""
+        self._start_ns = start_ns
+        self._transport_names = transport_names
+        self._span = None
 
-    def end(self, timeline: StepTimeline) -> None:
-        if self._span.is_recording():
-            self._finished.put((self._span, timeline))
-        else:
-            self._span.end()
+    @property
+    def traceparent(self) -> str:
+        """Of the current step; empty unless it is sampled."""
+        return traceparent(self._begun())
+
+    def end(self, step: StepTimeline, chunks: list[Chunk]) -> None:
+        """Ends the step's span, linked to the requests whose chunks were computed in it."""
+        span = self._begun()
+        if not span.is_recording():
+            return
+        sequences = {chunk.sequence.key: chunk.sequence for chunk in chunks}
+        span.set_attribute("afd.num_sequences", len(sequences))
+        span.set_attribute("afd.num_tokens", sum(chunk.num_tokens for chunk in chunks))
+        requests = {key.request_id: sequence.span_context for key, sequence in sequences.items()}
+        for context in requests.values():
+            if context is not None and context.is_valid:
+                span.add_link(context)
+        self._finished.put((span, step))
 
     def fail(self, error: Exception) -> None:
         """The step came to nothing."""
-        self._span.set_status(trace.StatusCode.ERROR, str(error))
-        self._span.end()
+        span = self._begun()
+        span.set_status(trace.StatusCode.ERROR, str(error))
+        span.end()
+
+    def _begun(self) -> trace.Span:
+        if self._span is None:
+            self._span = tracer.start_span(
+                "decode_step",
+                context=trace.set_span_in_context(trace.INVALID_SPAN),
+                start_time=clock_ns(self._start_ns),
+                attributes={
+                    "afd.num_ffn_shards": len(self._transport_names),
+                    "afd.handoff.transports": self._transport_names,
+                },
+            )
+        return self._span
 
     def _run(self) -> None:
         while True:

@@ -41,17 +41,39 @@ class Measurement:
             self._intervals.append(Interval(self._part, self._layer_idx, self._slot, self._start_ns, end_ns))
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepTimeline:
-    """One step's intervals on this host's clock. `receive` is waiting, or computing where the FFN is in-process."""
+    """One step on this host's clock: its intervals, and the crossings that ended in it. `receive` is waiting, or
+    computing where the FFN is in-process."""
 
-    start_ns: int = field(default_factory=time.perf_counter_ns)
-    end_ns: int = 0
+    start_ns: int
+    end_ns: int
     intervals: list[Interval] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
 
+    @property
+    def duration_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+
+class Timeline:
+    """What the engine's thread does from when to when, cut into steps."""
+
+    def __init__(self) -> None:
+        self.start_ns = 0
+        self._intervals: list[Interval] = []
+
     def measure(self, part: Part, layer_idx: int = -1, slot: int = -1) -> Measurement:
-        return Measurement(self.intervals, part, layer_idx, slot)
+        return Measurement(self._intervals, part, layer_idx, slot)
+
+    def begin(self) -> None:
+        """A step begins; what was noted before is forgotten."""
+        self._intervals = []
+        self.start_ns = time.perf_counter_ns()
+
+    def end(self, crossings: list[Crossing]) -> StepTimeline:
+        """The step, with what the handoff noted meanwhile."""
+        return StepTimeline(self.start_ns, time.perf_counter_ns(), self._intervals, crossings)
 
 
 @dataclass
@@ -88,16 +110,18 @@ class StepCounters:
     part_ns: dict[Part, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, ShardCounters] = field(default_factory=lambda: defaultdict(ShardCounters))
 
-    def add(self, timeline: StepTimeline, num_microbatches: int, num_tokens: int, num_generated: int) -> None:
-        self.num_steps += 1
-        self.num_microbatches += num_microbatches
+    def add_microbatch(self, num_tokens: int, num_generated: int) -> None:
+        self.num_microbatches += 1
         self.num_tokens += num_tokens
         self.num_generated += num_generated
-        self.step_ns += timeline.end_ns - timeline.start_ns
-        for interval in timeline.intervals:
+
+    def add_step(self, step: StepTimeline) -> None:
+        self.num_steps += 1
+        self.step_ns += step.duration_ns
+        for interval in step.intervals:
             self.part_ns[interval.part] += interval.end_ns - interval.start_ns
         crossings: dict[int, list[Crossing]] = {shard: [] for shard in self.shards}
-        for crossing in timeline.crossings:
+        for crossing in step.crossings:
             crossings.setdefault(crossing.shard, []).append(crossing)
         for shard, own in crossings.items():
-            self.shards[shard].add(own, timeline.end_ns - timeline.start_ns)
+            self.shards[shard].add(own, step.duration_ns)
