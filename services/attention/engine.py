@@ -149,9 +149,9 @@ class Engine:
         """Acts on what the network asked for; with nothing else to do, waits for it."""
         if not self.scheduler.has_work:
             self._hand_over()
-        while True:
+        while not (self.scheduler.has_work and self._commands.empty()):
             try:
-                command = self._commands.get(block=not self.scheduler.has_work, timeout=_IDLE_WAIT_S)
+                command = self._commands.get(timeout=_IDLE_WAIT_S)
             except queue.Empty:
                 return
             if isinstance(command, _Add):

@@ -87,12 +87,13 @@ class MicrobatchBuilder:
         """Slots of each sequence's whole context. The padding is a sequence's own last slot: nothing of another one's,
         not even a NaN, can reach it."""
         lengths = self._tensor([sequence.num_computed + 1 for sequence in sequences])
-        longest = int(lengths.max()) if sequences else 0
+        longest = max((sequence.num_computed + 1 for sequence in sequences), default=0)
         num_blocks = -(-longest // self.block_size)
         tables = [(sequence.block_table + [0] * num_blocks)[:num_blocks] for sequence in sequences]
-        positions = torch.arange(longest, device=self.device).minimum(lengths[:, None] - 1)  # [S, longest]
-        blocks = self._tensor(tables).view(len(sequences), num_blocks).gather(1, positions // self.block_size)
-        return DecodeContext(blocks * self.block_size + positions % self.block_size, lengths)
+        firsts = self._tensor(tables).view(len(sequences), num_blocks, 1) * self.block_size
+        slots = (firsts + torch.arange(self.block_size, device=self.device)).flatten(1)[:, :longest]
+        is_context = torch.arange(longest, device=self.device) < lengths[:, None]
+        return DecodeContext(slots.where(is_context, slots.gather(1, lengths[:, None] - 1)), lengths)
 
     def _prefill_chunk(self, sequence: Sequence, row: int, start: int, stop: int) -> PrefillChunk:
         return PrefillChunk(
