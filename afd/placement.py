@@ -29,7 +29,7 @@ class Placement:
 
     attention: list[Sequence[int]]
     ffn: list[Sequence[int]]
-    spin_us: int | None = None  # None: as the settings say
+    spin_us: int | None = None  # unless AFD_HANDOFF_SPIN_US says; None: as the settings say
 
     @classmethod
     def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
@@ -41,7 +41,8 @@ class Placement:
 
     def settings(self, cpus: Sequence[int]) -> dict[str, Any]:
         """Of the process that has these cores."""
-        spin = {} if self.spin_us is None else {"handoff_spin_us": self.spin_us}
+        is_open = self.spin_us is not None and "AFD_HANDOFF_SPIN_US" not in os.environ
+        spin = {"handoff_spin_us": self.spin_us} if is_open else {}
         return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **spin}
 
 

@@ -48,3 +48,8 @@ def test_processors_are_read_in_their_order(text: str, cpus: tuple[int, ...]) ->
 def test_what_names_no_processors_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="give processors like 0 or 0,2-3"):
         parse_cpus(text)
+
+
+def test_how_long_to_look_out_is_what_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFD_HANDOFF_SPIN_US", "300")
+    assert "handoff_spin_us" not in Placement.of(Cores.shared, 1, 1, [0, 1]).settings([0, 1])

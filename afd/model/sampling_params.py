@@ -67,4 +67,4 @@ def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] 
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:  # a NaN is in no range
-        raise InvalidRequest(f"{name} must be from {low:g} to {high:g}, not {value}", name.split(maxsplit=1)[0])
+        raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}", name.split(maxsplit=1)[0])

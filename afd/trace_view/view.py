@@ -55,7 +55,7 @@ class View:
             return cls(step, range(step.num_layers), 0, step.duration_ns)
         bars = [bar for bar in bars_of(step) if bar.layer_idx in layers]
         if not bars:
-            asked = f"{layers[0]}-{layers[-1]}" if layers else "none"
+            asked = "-".join(str(layer) for layer in sorted({*layers[:1], *layers[-1:]})) or "none"
             raise ConfigError(f"the step has layers 0 to {step.num_layers - 1}; asked for was {asked}")
         existing = range(layers[0], min(layers[-1] + 1, step.num_layers))
         start_ns, end_ns = min(bar.start_ns for bar in bars), max(bar.end_ns for bar in bars)

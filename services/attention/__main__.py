@@ -50,6 +50,12 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     checkpoint = Checkpoint(settings.model)
     num_blocks = settings.num_kv_blocks or _num_blocks(settings, checkpoint, dtype)
     max_context_tokens = min(checkpoint.config.max_context_tokens, num_blocks * settings.block_size)
+    if max_context_tokens < checkpoint.config.max_context_tokens:
+        log.warning(
+            "the KV cache holds %d tokens, so this is the longest context, not the model's %d; raise AFD_KV_CACHE_GIB",
+            max_context_tokens,
+            checkpoint.config.max_context_tokens,
+        )
     loop = asyncio.get_running_loop()
     compute = ComputeThread(settings.threads, settings.cpus)
 
@@ -111,7 +117,7 @@ async def _decoder(
     cache = await compute.run(KVCache.allocate, config.num_layers, num_slots, config.head_dim, dtype, device)
     ffn: FFN
     if settings.ffn_shards:
-        log.info("waiting for %d FFN shards", settings.ffn_shards)
+        log.info("waiting for the FFN's shards (AFD_FFN_SHARDS=%d)", settings.ffn_shards)
         ffn = await connector.connect_within(settings.startup_timeout_s, compute)
     else:
         progress = loading_progress("FFN")
