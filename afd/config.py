@@ -120,7 +120,7 @@ class AttentionSettings(ComputeSettings):
         "model", description="of tensors on their way: the model's, or fp8 to the FFN and bfloat16 back"
     )
     max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
-    prefill_chunk_tokens: Count = Field(512, description="prompt tokens computed in one step, all sequences together")
+    prefill_chunk_tokens: Count = Field(512, description="prompt tokens in flight at once, all sequences together")
     block_size: Count = Field(16, description="tokens in a KV block")
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="memory for the KV cache, GiB"

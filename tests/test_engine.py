@@ -229,6 +229,21 @@ def test_a_microbatch_that_fails_takes_no_other_one_along(harness: Harness) -> N
     assert harness.num_used == 0
 
 
+@pytest.mark.parametrize("part", ["schedule", "land"])
+def test_what_fails_outside_the_layers_ends_its_sequences_and_not_the_engine(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(harness.engine.scheduler, part, broken)
+    failed = harness.submit(harness.model.prompt(5, 1), 20)
+    harness.wait(lambda: bool(harness.events[failed]) and isinstance(harness.events[failed][-1], InternalError))
+    harness.check(harness.submit(harness.model.prompt(5, 2), 10))
+    assert harness.num_used == 0
+
+
 def test_each_step_counts_every_microbatch_once(harness: Harness) -> None:
     sequences = [harness.submit(harness.model.prompt(length, length), 40) for length in (5, 6, 7, 8)]
     for sequence in sequences:

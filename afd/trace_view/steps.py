@@ -55,7 +55,7 @@ class Step:
     """One decode step of one attention replica. `start_ns` is since the epoch, on that replica's host.
 
     Microbatches that are away when it begins or ends have handoffs that reach beyond it, and attention waits for them
-    in the step in which they come back.
+    in the step in which they come back. What is away at its end is known if the next step was recorded, too.
     """
 
     index: int

@@ -101,6 +101,10 @@ class Engine:
     def num_in_flight(self) -> int:
         return len(self._under_way)
 
+    @property
+    def _everyone(self) -> list[Sequence]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One token through all layers before the first request, there and back: what is slow at first is not its.
@@ -168,10 +172,11 @@ class Engine:
             self._abandon(error)
             self._recover(error)
         except AfdError as error:
-            self._fail(self._abandon(error)[slot], error)
+            self._fail(self._abandon(error).get(slot, self._everyone), error)
         except Exception as error:
             log.exception("a step failed")
-            self._fail(self._abandon(error)[slot], InternalError("the step failed; the log has the reason"))
+            reason = InternalError("the step failed; the log has the reason")
+            self._fail(self._abandon(error).get(slot, self._everyone), reason)
 
     def _turn(self, slot: int) -> None:
         if slot in self._under_way and not self._go_on(slot):
@@ -206,11 +211,12 @@ class Engine:
     def _land(self, batch: Microbatch) -> None:
         """Ends a microbatch that is through all layers, or that nobody waits for any more."""
         deliveries: list[Delivery] = []
-        if batch.abandoned:
+        abandoned = batch.abandoned
+        if abandoned:
             self.decoder.ffn.drop(batch)
         elif batch.sampled:
             deliveries = self._sample(batch)
-        self.scheduler.land(batch.slot, computed=not batch.abandoned)
+        self.scheduler.land(batch.slot, computed=not abandoned)
         for delivery in deliveries:
             if isinstance(delivery.event, AfdError) or delivery.event.finish_reason:
                 self.scheduler.remove(delivery.sequence)
@@ -267,8 +273,7 @@ class Engine:
                 self.decoder.ffn = self.reconnect()
             except AfdError as reason:
                 if time.monotonic() > deadline:
-                    everyone = [*self.scheduler.running, *self.scheduler.waiting]
-                    self._fail(everyone, PeerUnavailable(f"the FFN is lost: {reason}"))
+                    self._fail(self._everyone, PeerUnavailable(f"the FFN is lost: {reason}"))
                     return
                 time.sleep(_RECONNECT_PAUSE_S)
             else:
