@@ -54,8 +54,9 @@ class MeshOptions:
 
     @property
     def num_microbatches(self) -> str:
-        """One where the sides take turns on the same cores: nothing would overlap, and weights be read twice."""
-        return self.microbatches or ("1" if self.takes_turns else "2")
+        """One where the sides take turns on the same cores: nothing would overlap, and weights be read twice. On a GPU
+        it depends on the work whether a smaller microbatch takes less time at all."""
+        return self.microbatches or ("1" if self.takes_turns else "2" if self.device == "cpu" else "auto")
 
     @property
     def takes_turns(self) -> bool:

@@ -31,7 +31,16 @@ _LONGEST_S = 1800.0  # for one load; then the run ends with an error
 _SHORTEST_WINDOW = 8  # tokens of each stream that are counted, at least
 
 
-def meshes(model: Path) -> dict[str, MeshOptions]:
+def meshes(model: Path, device: str = "cpu") -> dict[str, MeshOptions]:
+    if device != "cpu":
+        there = partial(MeshOptions, model, device=device)
+        return {
+            "collocated": there(ffn=0),
+            "1A1F, serial": there(microbatches="1"),
+            "1A1F, pipelined": there(microbatches="2"),
+            "1A1F": there(),
+            "1A1F inline": there(settings={"handoff": "inline"}),
+        }
     own = partial(MeshOptions, model, cores=Cores.own)
     return {
         "collocated": MeshOptions(model, ffn=0),
@@ -144,9 +153,13 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--prefill-chunk-tokens", type=int, default=512, help="of every mesh")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=list(meshes(Path())), help="these meshes; default: all")
+    parser.add_argument("--only", nargs="+", metavar="MESH", help="these meshes; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    known = meshes(options.model, options.device)
+    if unknown := set(options.only or ()) - known.keys():
+        parser.error(f"--only: there is no {unknown.pop()!r}, only: {'; '.join(known)}")
     prefill = {"prefill_chunk_tokens": str(options.prefill_chunk_tokens)}
     loads = [
         Load(streams, prompt, options.output_tokens) for prompt in options.prompt_tokens for streams in options.streams
@@ -154,7 +167,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         contenders = {
             name: MeasuredMesh(stack.enter_context(running_mesh(replace(mesh, settings=mesh.settings | prefill))))
-            for name, mesh in meshes(options.model).items()
+            for name, mesh in known.items()
             if name in (options.only or [name])
         }
         rows = alternate(contenders, loads, options.rounds, Console(stderr=True))

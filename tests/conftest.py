@@ -30,6 +30,8 @@ LOGPROB_BOUND = 1e-4
 
 HAS_NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
 needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
 
 
 @dataclass(frozen=True)

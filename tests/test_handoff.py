@@ -72,6 +72,7 @@ class StubEndpoint:
 
     def __init__(self, *frames: Frame) -> None:
         self.bell = Bell.private()
+        self.regions = ()
         self.arriving = list(frames)
         self.awaited = {frame.frame_id for frame in frames}
         self.answers: dict[int, tuple[torch.Tensor, Timing]] = {}

@@ -8,11 +8,10 @@ import random
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from afd import Client
 from afd.bench import counters
-from tests.conftest import Model, StartMesh, needs_nixl, wait_for_zero
+from tests.conftest import Model, StartMesh, needs_nixl, on_gpu, wait_for_zero
 
 TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (1, 2), (2, 3)]
 
@@ -85,14 +84,20 @@ def test_tokens_equal_the_oracle_over_every_transport(
         asyncio.run(ask_many(mesh.gateway.address, model, 16))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize(("attention", "ffn"), TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("handoff", "topology"),
+    [
+        *(pytest.param("shm", topology, marks=on_gpu) for topology in TOPOLOGIES),
+        pytest.param("nixl", (2, 3), marks=[*on_gpu, needs_nixl]),
+        pytest.param("inline", (2, 3), marks=on_gpu),
+    ],
+)
 def test_tokens_equal_the_oracle_on_a_gpu(
-    make_model: Callable[[int], Model], start_mesh: StartMesh, attention: int, ffn: int
+    make_model: Callable[[int], Model], start_mesh: StartMesh, handoff: str, topology: tuple[int, int]
 ) -> None:
-    model = make_model(10 + ffn)
-    with start_mesh(model.path, attention, ffn, device="cuda", prefill_chunk_tokens=48) as mesh:
+    model = make_model(10 + topology[1])
+    settings = {"handoff": handoff, "prefill_chunk_tokens": 48}
+    with start_mesh(model.path, *topology, device="cuda", **settings) as mesh:
         asyncio.run(ask_many(mesh.gateway.address, model, 32))
 
 

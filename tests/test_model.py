@@ -17,9 +17,9 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.config import ModelConfig
 from afd.model.ffn import FFNShard
 from afd.model.kv_cache import KVCache
-from afd.model.layers import Rotation, rms_norm
+from afd.model.layers import Rotation, SwiGLU, rms_norm
 from afd.model.linear import PlainLinear
-from afd.model.moe import Router
+from afd.model.moe import Experts, GroupedExperts, Router, Routing
 from afd.model.native import KernelsName
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from afd.model.sampling_params import SamplingParams
@@ -30,6 +30,7 @@ from afd.state.requests import SequenceKey
 from services.attention.chunk import Chunk
 from services.attention.microbatch import MicrobatchBuilder
 from services.attention.sequence import Sequence
+from tests.conftest import DEVICES
 
 CPU = torch.device("cpu")
 CONTEXT = 64
@@ -90,6 +91,7 @@ def serve(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     kernels: KernelsName = "auto",
+    device: torch.device = CPU,
 ) -> Served:
     with tempfile.TemporaryDirectory() as path:
         make_checkpoint(path, sizes, seed=seed, dtype=dtype)
@@ -101,8 +103,11 @@ def serve(
         return Served(
             checkpoint.config,
             Transformer(checkpoint.config, load_all(checkpoint)),
-            load_attention(checkpoint, dtype, CPU, ignore, kernels),
-            [load_ffn_shard(checkpoint, shard, num_shards, dtype, CPU, ignore, kernels) for shard in range(num_shards)],
+            load_attention(checkpoint, dtype, device, ignore, kernels),
+            [
+                load_ffn_shard(checkpoint, shard, num_shards, dtype, device, ignore, kernels)
+                for shard in range(num_shards)
+            ],
         )
 
 
@@ -122,10 +127,8 @@ def scrambled_sequences(
         )
         sequence.block_table = [blocks.pop() for _ in range(num_needed[number])]
         sequences.append(sequence)
-    config, dtype = model.config, model.stack.embedding.dtype
-    cache = KVCache.allocate(
-        config.num_layers, (sum(num_needed) + 3) * block_size, config.head_dim, dtype, torch.device("cpu")
-    )
+    config, embedding, num_slots = model.config, model.stack.embedding, (sum(num_needed) + 3) * block_size
+    cache = KVCache.allocate(config.num_layers, num_slots, config.head_dim, embedding.dtype, embedding.device)
     for layer in (*cache.keys, *cache.values):
         layer.fill_(math.nan)
     return sequences, cache
@@ -140,7 +143,7 @@ def served_logits(model: Served, lengths: list[int], block_size: int, seed: int)
         model.config.head_dim,
         model.config.rope_theta,
         model.stack.embedding.dtype,
-        CPU,
+        model.stack.embedding.device,
     )
     rows: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
     while unfinished := [sequence for sequence in sequences if sequence.num_uncomputed]:
@@ -153,7 +156,7 @@ def served_logits(model: Served, lengths: list[int], block_size: int, seed: int)
             for chunk, part in zip(
                 microbatch.chunks, logits.split([chunk.num_tokens for chunk in microbatch.chunks]), strict=True
             ):
-                rows[chunk.sequence].append(part)
+                rows[chunk.sequence].append(part.cpu())
                 chunk.sequence.num_computed += chunk.num_tokens
     with torch.inference_mode():
         return [(torch.cat(rows[s]), model.oracle(torch.tensor([s.token_ids(0, s.num_tokens)]))[0]) for s in sequences]
@@ -200,21 +203,45 @@ def test_oracle_in_float32_agrees_with_itself_in_float64(sizes: ModelSizes, seed
     torch.testing.assert_close(oracle(tokens), wide(tokens), rtol=0, atol=FLOAT32_BOUND)
 
 
-def bfloat16_errors(sizes: ModelSizes, seed: int) -> Tensor:
+def bfloat16_errors(sizes: ModelSizes, seed: int, device: str) -> Tensor:
     """Of every log-probability that the services give in bfloat16, against the oracle in float32."""
-    model = serve(sizes, 3, seed, torch.bfloat16)
+    model = serve(sizes, 3, seed, torch.bfloat16, device=torch.device(device))
     pairs = served_logits(model, [CONTEXT, 17], 8, seed)
     return torch.cat([(actual.log_softmax(dim=-1) - expected.log_softmax(dim=-1)).abs() for actual, expected in pairs])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_stays_near_float32(seed: int) -> None:
-    assert float(bfloat16_errors(ModelSizes(), seed).mean()) < BFLOAT16_MEAN_BOUND
+def test_bfloat16_stays_near_float32(seed: int, device: str) -> None:
+    assert float(bfloat16_errors(ModelSizes(), seed, device).mean()) < BFLOAT16_MEAN_BOUND
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_stays_near_float32_at_every_token_where_all_experts_are_chosen(seed: int) -> None:
-    assert float(bfloat16_errors(ModelSizes(moe_top_k=6), seed).max()) < BFLOAT16_BOUND
+def test_bfloat16_stays_near_float32_at_every_token_where_all_experts_are_chosen(seed: int, device: str) -> None:
+    assert float(bfloat16_errors(ModelSizes(moe_top_k=6), seed, device).max()) < BFLOAT16_BOUND
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(20))
+def test_grouped_experts_are_the_experts_one_by_one(seed: int, device: str) -> None:
+    chooser, random_numbers = random.Random(seed), torch.Generator().manual_seed(seed)
+    num_tokens, num_here, elsewhere = chooser.randint(1, 70), chooser.randint(1, 9), chooser.randint(0, 9)
+    hidden_size, width, first = 8 * chooser.randint(1, 12), 8 * chooser.randint(1, 12), chooser.randint(0, elsewhere)
+    top_k = chooser.randint(1, num_here + elsewhere)
+    x, gate_up, down = (
+        torch.randn(shape, generator=random_numbers).bfloat16().to(device)
+        for shape in ((num_tokens, hidden_size), (num_here, 2 * width, hidden_size), (num_here, hidden_size, width))
+    )
+    chosen = torch.rand(num_tokens, num_here + elsewhere, generator=random_numbers).topk(top_k)
+    routing = Routing(chosen.indices.int().to(device), chosen.values.to(device))
+    one_by_one = [SwiGLU(PlainLinear(a), PlainLinear(b)) for a, b in zip(gate_up, down, strict=True)]
+    expected = Experts(first, one_by_one)(x, routing)
+    grouped = GroupedExperts(first, gate_up, down)(x, routing)
+    scale = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(grouped / scale, expected / scale, rtol=0, atol=2**-7)
+    if device == "cuda":
+        assert GroupedExperts.can_hold(gate_up, down)
 
 
 def test_a_later_token_changes_nothing_before_it() -> None:

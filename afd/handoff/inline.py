@@ -23,6 +23,7 @@ class InlineTransport:
     """The attention side of a pair."""
 
     name = "inline"
+    regions = ()
 
     def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
         self.frames = frames
@@ -53,6 +54,8 @@ class InlineTransport:
 
 class InlineEndpoint:
     """The FFN side of a pair. The network's thread puts in; the batcher's thread polls and replies."""
+
+    regions = ()
 
     def __init__(self, post: Callable[[pb.ConnectResponse], None], rules: FrameRules, shape: SlotShape) -> None:
         self.post = post

@@ -30,6 +30,7 @@ class NixlTransport:
         shape = frames.shape
         self.shape = shape
         self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
+        self.regions = (self.answers.region,)
         self._answered = [0] * shape.num_slots
         self._link = NixlLink(
             "attention replica", f"the FFN at {address}", frames.region, self.answers.region, shape.num_slots
@@ -84,6 +85,7 @@ class NixlEndpoint:
         self.shape = shape
         self.frames = FrameSlots(Region.private(shape.num_slots * shape.frame_stride), shape)
         self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
+        self.regions = (self.frames.region, self.answers.region)
         self._held = [0] * shape.num_slots
         self._awaited: set[int] = set()
         self._is_lost = False

@@ -160,5 +160,6 @@ def _errors(nixl: ModuleType) -> tuple[type[Exception], ...]:
 
 def _retire(region: Region) -> None:
     """Empties a region, but never unmaps it: a peer that was given up may still write there, by its address."""
+    region.unpin()
     region.memory.madvise(mmap.MADV_REMOVE)
     _retired.append(region)

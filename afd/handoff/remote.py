@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd.handoff.control import ControlStream
 from afd.handoff.frame import Crossing, Frame, FrameOutput, InFlight
-from afd.handoff.slots import FrameSlots
+from afd.handoff.slots import FrameSlots, Region
 from afd.model.moe import Routing
 
 
@@ -21,6 +21,10 @@ class Transport(Protocol):
 
     name: str
     control: ControlStream
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What answers lie in."""
 
     def send(self, frame: Frame) -> None:
         """Starts moving a frame."""
@@ -54,6 +58,8 @@ class RemoteFFN:
         self._sent: dict[int, tuple[Frame, int]] = {}  # by slot: what is under way, and since when
         self._frame_ids = itertools.count(1)
         self._crossings: list[Crossing] = []
+        for region in (frames.region, *(region for transport in transports for region in transport.regions)):
+            region.pin(device)
 
     @property
     def transport_names(self) -> tuple[str, ...]:
@@ -74,12 +80,13 @@ class RemoteFFN:
         total: Tensor | None = None
         for shard, transport in enumerate(self.transports):
             output = transport.receive(frame, self.timeout_s)
-            total = output.ffn_output if total is None else total + output.ffn_output
+            part = output.ffn_output.to(self.device, non_blocking=True)
+            total = part if total is None else total + part
             self._crossings.append(
                 Crossing(shard, frame.layer_idx, batch.slot, sent_ns, output.arrived_ns, output.timing)
             )
         assert total is not None
-        return total if self.device.type == "cpu" else total.to(self.device)
+        return total
 
     def drop(self, batch: InFlight) -> None:
         frame, _ = self._sent.pop(batch.slot, (None, 0))

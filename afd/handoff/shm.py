@@ -144,6 +144,7 @@ class ShmTransport:
             for name in (answers.name, frame_bell, answer_bell):
                 (DIRECTORY / name).unlink(missing_ok=True)
         self.answers = AnswerSlots(answers, shape)
+        self.regions = (answers,)
 
     def send(self, frame: Frame) -> None:
         """The frame is where the FFN looks already."""
@@ -178,6 +179,7 @@ class ShmEndpoint:
         self.bell = open_bell(hello.shm.frame_bell_name)
         self.frames = FrameSlots(frames, shape)
         self.answers = AnswerSlots(answers, shape)
+        self.regions = (frames, answers)
         self._answer_bell = open_bell(hello.shm.answer_bell_name)
         self._seen = [self.frames.posted(slot) for slot in range(shape.num_slots)]
 

@@ -14,6 +14,7 @@ import math
 import mmap
 import struct
 import time
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +32,7 @@ _FRAME = struct.Struct("<QQiII55s")  # frame_id, number of bytes, layer_idx, num
 _ANSWER = struct.Struct("<QQIIQQ")  # frame_id, number of bytes, number of tokens, of the batch's, queue_ns, compute_ns
 _HEADER_BYTES = 128
 _HAS_ROUTING, _IS_PROBE = 1, 2
+_PIN_FOR_ALL_DEVICES, _PIN_TO_READ = 1, 8  # cudaHostRegisterPortable and cudaHostRegisterReadOnly
 
 
 def _aligned(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
@@ -77,6 +79,7 @@ class Region:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
+        self._unpin: weakref.finalize[..., Region] | None = None
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.words = memoryview(memory).cast("Q")
 
@@ -93,10 +96,19 @@ class Region:
         num_bytes = math.prod(shape) * dtype.itemsize
         return self.bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
-    def pin(self) -> None:
-        """Locks it for a GPU's copies, which are then fast and need no staging."""
-        if torch.cuda.is_available():
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.address, self.bytes.nbytes, 0))
+    def pin(self, device: torch.device) -> None:
+        """Locks it for copies to and from a GPU, which then need no staging and do not wait for one another."""
+        if device.type == "cuda" and not self.bytes.is_pinned():  # NIXL pins what it registers
+            runtime, num_bytes = torch.cuda.cudart(), self.bytes.nbytes
+            flags = _PIN_FOR_ALL_DEVICES | (_PIN_TO_READ if self.words.readonly else 0)
+            with torch.cuda.device(device):
+                torch.cuda.check_error(runtime.cudaHostRegister(self.address, num_bytes, flags))
+            self._unpin = weakref.finalize(self, runtime.cudaHostUnregister, self.address)
+            self._unpin.atexit = False
+
+    def unpin(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
 
 
 @dataclass(frozen=True)
@@ -188,14 +200,17 @@ class FrameSlots:
         )
 
     def _fill(self, parts: FrameParts, frame: Frame) -> None:
+        """What lies on a GPU is copied as soon as it is computed there, which is waited for."""
         if self.shape.frame_dtype is FP8:
             for part, value in zip((parts.ffn_input, parts.scales), quantize(frame.ffn_input), strict=True):
-                part.copy_(value)
+                part.copy_(value, non_blocking=True)
         elif parts.ffn_input.data_ptr() != frame.ffn_input.data_ptr():
-            parts.ffn_input.copy_(frame.ffn_input)
+            parts.ffn_input.copy_(frame.ffn_input, non_blocking=True)
         if frame.routing is not None and frame.routing is not parts.routing:
-            parts.topk_ids.copy_(frame.routing.topk_ids)
-            parts.topk_weights.copy_(frame.routing.topk_weights)
+            parts.topk_ids.copy_(frame.routing.topk_ids, non_blocking=True)
+            parts.topk_weights.copy_(frame.routing.topk_weights, non_blocking=True)
+        if frame.ffn_input.is_cuda:
+            torch.cuda.current_stream(frame.ffn_input.device).synchronize()
 
     def _ffn_input(self, parts: FrameParts) -> Tensor:
         if self.shape.frame_dtype is FP8:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afd.model.config import ModelConfig
 from afd.model.layers import SwiGLU
-from afd.model.moe import Experts, Routing
+from afd.model.moe import Experts, GroupedExperts, Routing
 
 
 class FFNLayer(Protocol):
@@ -39,7 +39,7 @@ class MoEFFN:
     """A slice of the routed experts and a column slice of the shared expert."""
 
     num_experts: int  # of all slices
-    experts: Experts
+    experts: Experts | GroupedExperts
     shared: SwiGLU
 
     def __call__(self, x: Tensor, routing: Routing | None, out: Tensor) -> None:

@@ -15,7 +15,7 @@ from afd.model.ffn import DenseFFN, FFNLayer, MoEFFN
 from afd.model.layers import SwiGLU, rms_norm
 from afd.model.linear import Linear, make_linear
 from afd.model.mfa import MFA, AttentionLayer, PlainAttentionLayer
-from afd.model.moe import Experts, Router
+from afd.model.moe import Experts, GroupedExperts, Router
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,20 @@ class TorchOps:
         return DenseFFN(_swiglu(weights.gate, weights.up, weights.down))
 
     def moe_ffn(self, shared: FFNWeights, experts: FFNWeights, first: int, num_experts: int) -> MoEFFN:
-        routed = [_swiglu(*weights) for weights in zip(experts.gate, experts.up, experts.down, strict=True)]
-        return MoEFFN(num_experts, Experts(first, routed), _swiglu(shared.gate, shared.up, shared.down))
+        return MoEFFN(num_experts, _experts(experts, first), _swiglu(shared.gate, shared.up, shared.down))
 
     def linear(self, weight: Tensor) -> Linear:
         return make_linear(weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
+
+
+def _experts(weights: FFNWeights, first: int) -> Experts | GroupedExperts:
+    gate_up = torch.cat((weights.gate, weights.up), dim=1)
+    if GroupedExperts.can_hold(gate_up, weights.down):
+        return GroupedExperts(first, gate_up, weights.down.contiguous())
+    return Experts(first, [SwiGLU(make_linear(a), make_linear(b)) for a, b in zip(gate_up, weights.down, strict=True)])
 
 
 def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> SwiGLU:

@@ -102,8 +102,6 @@ class FfnConnector:
                 raise ConfigError(f"AFD_HANDOFF=shm cannot be had: {error}") from None
             log.warning("no handoff through shared memory: %s", error)
             region = Region.private(num_bytes)
-        if self.device.type == "cuda":
-            region.pin()
         return FrameSlots(region, shape)
 
     def _slot_shape(self) -> SlotShape:

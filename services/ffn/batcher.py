@@ -18,6 +18,7 @@ from afd.compute import ComputeThread
 from afd.errors import AfdError, InternalError, InvalidRequest
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.frame import Frame, Timing
+from afd.handoff.slots import Region
 from afd.model.ffn import FFNShard
 from afd.model.moe import Routing
 from afd.telemetry import record_ffn_spans
@@ -33,6 +34,10 @@ class Endpoint(Protocol):
     @property
     def bell(self) -> Bell | None:
         """Rings when there may be something to poll; None if nobody rings, and it has to be looked at."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What frames and answers lie in."""
 
     def poll(self) -> list[Frame]:
         """What has arrived since the last look, checked. What is wrong with a frame is told to its sender."""
@@ -110,6 +115,8 @@ class Batcher:
             self._ended.result()
 
     def attach(self, endpoint: Endpoint) -> None:
+        for region in endpoint.regions:
+            region.pin(self.device)
         self.endpoints = (*self.endpoints, endpoint)
         self._own_bell.ring()
 
@@ -206,7 +213,9 @@ class Batcher:
         else:
             ffn_output = self.shard(frames[0].layer_idx, ffn_input, routing)
             for buffer, part in zip(buffers, ffn_output.split([frame.num_tokens for frame in frames]), strict=True):
-                buffer.copy_(part)
+                buffer.copy_(part, non_blocking=True)
+            if ffn_output.is_cuda:
+                torch.cuda.current_stream(self.device).synchronize()
         compute_ns = time.perf_counter_ns() - start_ns
         for queued, buffer in zip(batch, buffers, strict=True):
             timing = Timing(start_ns - queued.queued_ns, compute_ns, ffn_input.shape[0])
@@ -227,11 +236,15 @@ def _echo(endpoint: Endpoint, probe: Frame) -> None:
 
 
 def _join(frames: list[Frame], device: torch.device) -> tuple[Tensor, Routing | None]:
-    if len(frames) == 1 and device.type == "cpu":
-        return frames[0].ffn_input, frames[0].routing
-    ffn_input = torch.cat([frame.ffn_input for frame in frames]).to(device)
+    """What the frames hold, one after the other, on the device."""
+    ffn_input = _cat([frame.ffn_input for frame in frames], device)
     routings = [frame.routing for frame in frames if frame.routing is not None]
     if not routings:
         return ffn_input, None
     topk_ids, topk_weights = [r.topk_ids for r in routings], [r.topk_weights for r in routings]
-    return ffn_input, Routing(torch.cat(topk_ids).to(device), torch.cat(topk_weights).to(device))
+    return ffn_input, Routing(_cat(topk_ids, device), _cat(topk_weights, device))
+
+
+def _cat(parts: list[Tensor], device: torch.device) -> Tensor:
+    there = [part.to(device, non_blocking=True) for part in parts]
+    return there[0] if len(there) == 1 else torch.cat(there)
