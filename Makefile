@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format protos clean
+.PHONY: help setup demo test test-slow test-gpu lint format protos clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: setup  ## the whole suite but slow and GPU tests
 
 test-slow: setup  ## the slow ones
 	$(BIN)/pytest -m slow
+
+test-gpu: setup  ## those that need a CUDA device (make setup TORCH_INDEX=... for its torch)
+	$(BIN)/pytest -m gpu
 
 lint: setup  ## ruff, mypy --strict, buf
 	$(BIN)/ruff check .

@@ -63,11 +63,13 @@ class MeshOptions:
         return self.device == "cpu" and self.cores is Cores.shared and self.threads is None
 
     def placement(self) -> Placement | None:
-        """None: every process has `threads` of them, anywhere. Raises ConfigError for an AFD_CPUS that cannot be."""
-        if self.threads is not None or self.device != "cpu":
+        """None: every process has `threads` of them, anywhere. Beside GPUs the cores have nothing to share.
+        Raises ConfigError for an AFD_CPUS that cannot be."""
+        if self.threads is not None:
             return None
+        cores = self.cores if self.device == "cpu" else Cores.own
         try:
-            return Placement.of(self.cores, self.attention, self.ffn, usable_cpus())
+            return Placement.of(cores, self.attention, self.ffn, usable_cpus())
         except ValueError as error:
             raise ConfigError(f"AFD_CPUS={os.environ.get('AFD_CPUS')}: {error}") from None
 

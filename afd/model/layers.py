@@ -14,12 +14,9 @@ from torch import Tensor
 from afd.model.linear import Linear
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """RMSNorm over the last dimension, computed in float32: x / sqrt(mean(x^2) + eps) * weight; into `out` if given."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    weighted = normed * weight.float()
-    return weighted.to(x.dtype) if out is None else out.copy_(weighted)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class PlainAttentionLayer:
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed = rms_norm(hidden_states, self.input_norm, self.eps)
         hidden_states = hidden_states + self.attention(normed, keys, values, batch)
-        ffn_input = rms_norm(hidden_states, self.post_attention_norm, self.eps, out[0] if out else None)
+        ffn_input = rms_norm(hidden_states, self.post_attention_norm, self.eps)
+        if out:
+            ffn_input = out[0].copy_(ffn_input)
         return hidden_states, ffn_input, self.router(ffn_input) if self.router else None
 
 
