@@ -87,7 +87,7 @@ def test_linear_takes_rows_that_lie_apart(ops: NativeOps) -> None:
 def test_rms_norm_is_that_of_torch(ops: NativeOps, num_rows: int, size: int, seed: int) -> None:
     random = Random(seed)
     x, weight = 30 * random.bfloat16(num_rows, 2 * size)[:, :size], random.bfloat16(size)
-    assert_near(ops.rms_norm(x, weight, 1e-5), rms_norm(x, weight.double(), 1e-5).double())
+    assert_near(ops.rms_norm(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5))
 
 
 NUM_SLOTS = 400

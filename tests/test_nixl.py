@@ -16,13 +16,13 @@ from afd.handoff.control import ControlStream
 from afd.handoff.frame import FrameRules, Timing
 from afd.handoff.negotiate import connect_pair
 from afd.handoff.nixl import NixlEndpoint, NixlTransport
-from afd.handoff.nixl_link import NixlLink
+from afd.handoff.nixl_link import MOST_BYTES_BESIDE_A_NOTE, NixlLink
 from afd.handoff.slots import FrameSlots, Region
 from afd.v1 import ffn_pb2 as pb
 from tests.conftest import Model, needs_nixl
 from tests.test_handoff import MAX_FRAME_TOKENS, NUM_SLOTS, SPIN_S, Shard, running_shard, until_no_pair_is_left
 
-NUM_BYTES = 8192
+NUM_BYTES = 4 * MOST_BYTES_BESIDE_A_NOTE  # of two slots: half of what fits goes beside a note
 
 
 @pytest.fixture
@@ -126,12 +126,13 @@ def notes(reading: Side, writing: Side) -> Iterator[tuple[int, int]]:
 @needs_nixl
 def test_note_comes_when_what_was_written_is_in_place(sides: Sides) -> None:
     one, other = sides
-    for number in range(1, 50):
+    sizes = 64, 5000, MOST_BYTES_BESIDE_A_NOTE, MOST_BYTES_BESIDE_A_NOTE + 1, NUM_BYTES // 2
+    for number, num_bytes in enumerate(4 * sizes, start=1):
         one.outgoing.bytes.fill_(number)
-        one.link.write(number % 2, 64 * number, number)
+        one.link.write(number % 2, num_bytes, number)
         assert next(notes(other, one)) == (number, number % 2)
         start = (number % 2) * NUM_BYTES // 2
-        assert other.incoming.bytes[start : start + 64 * number].unique().tolist() == [number]
+        assert other.incoming.bytes[start : start + num_bytes].unique().tolist() == [number]
 
 
 @needs_nixl
@@ -139,14 +140,23 @@ def test_slot_that_is_written_again_at_once_ends_with_what_came_last(sides: Side
     one, other = sides
     for number in range(1, 20):
         one.outgoing.bytes.fill_(number)
-        one.link.write(0, 4096, number)
+        one.link.write(0, 4096 if number % 3 else NUM_BYTES // 2, number)
     last = next(note for note in notes(other, one) if note[0] == 19)
     assert last == (19, 0)
     assert other.incoming.bytes[:4096].unique().tolist() == [19]
 
 
 @needs_nixl
-@pytest.mark.parametrize("note", [b"", b"short", b"\0" * 8 + b"\2\0\0\0", b"\0" * 13])
+def test_more_than_a_slot_holds_ends_the_pair(sides: Sides) -> None:
+    one, other = sides
+    one.link._agent.send_notif(one.link._peer_agent, bytes(12 + NUM_BYTES // 2 + 1))
+    with pytest.raises(PeerUnavailable, match="the other side sends by NIXL more than a slot holds"):
+        next(notes(other, one))
+    assert other.incoming.bytes.count_nonzero() == 0
+
+
+@needs_nixl
+@pytest.mark.parametrize("note", [b"", b"short", b"\0" * 8 + b"\2\0\0\0"])
 def test_note_that_is_none_ends_the_pair(sides: Sides, note: bytes) -> None:
     one, other = sides
     one.link.write(0, 64, 1)

@@ -18,13 +18,25 @@ import pytest
 import torch
 
 from afd.errors import PeerUnavailable
+from afd.handoff import nixl_link
 from afd.handoff.negotiate import TransportName
 from afd.handoff.shm import DIRECTORY
 from afd.model.checkpoint import Checkpoint
-from tests.conftest import Model
-from tests.test_handoff import Pair, Shard, each_transport, running_shard, until_no_pair_is_left
+from tests.conftest import Model, needs_nixl
+from tests.test_handoff import Pair, Shard, running_shard, until_no_pair_is_left
 
 START_S = 30.0
+
+# The transport, and what nixl sends beside its notes: small frames, as they are here, or nothing.
+each_way = pytest.mark.parametrize(
+    ("kind", "bytes_beside_a_note"),
+    [
+        pytest.param("nixl", 32 << 10, marks=needs_nixl, id="nixl"),
+        pytest.param("nixl", 0, marks=needs_nixl, id="nixl-writes"),
+        pytest.param("shm", 0, id="shm"),
+        pytest.param("inline", 0, id="inline"),
+    ],
+)
 
 
 @pytest.fixture
@@ -43,8 +55,14 @@ def nothing_is_left_behind() -> Iterator[None]:
     assert not left
 
 
-def serve(path: Path, pipe: Connection) -> None:
+@pytest.fixture(autouse=True)
+def use_notes(monkeypatch: pytest.MonkeyPatch, bytes_beside_a_note: int) -> None:
+    monkeypatch.setattr(nixl_link, "MOST_BYTES_BESIDE_A_NOTE", bytes_beside_a_note)
+
+
+def serve(path: Path, bytes_beside_a_note: int, pipe: Connection) -> None:
     """An FFN shard, until the process is killed."""
+    nixl_link.MOST_BYTES_BESIDE_A_NOTE = bytes_beside_a_note
 
     async def run() -> None:
         async with running_shard(Model(path, None)) as shard:
@@ -55,8 +73,9 @@ def serve(path: Path, pipe: Connection) -> None:
     asyncio.run(run())
 
 
-def attend(path: Path, address: str, kind: TransportName, pipe: Connection) -> None:
+def attend(path: Path, address: str, kind: TransportName, bytes_beside_a_note: int, pipe: Connection) -> None:
     """An attention replica that sends frame after frame and takes no answer, until the process is killed."""
+    nixl_link.MOST_BYTES_BESIDE_A_NOTE = bytes_beside_a_note
 
     async def run() -> None:
         shard = Shard(None, address, Checkpoint(path), 0, 1)
@@ -99,9 +118,11 @@ async def check_answers(shard: Shard, pair: Pair, expecting: Shard) -> None:
     torch.testing.assert_close((await pair.receive(frame)).ffn_output, expecting.expected(frame))
 
 
-@each_transport
-async def test_kill_9_of_the_ffn_is_a_sentence_while_its_answer_is_awaited(model: Model, kind: TransportName) -> None:
-    with process(serve, model.path) as (ffn, address):
+@each_way
+async def test_kill_9_of_the_ffn_is_a_sentence_while_its_answer_is_awaited(
+    model: Model, kind: TransportName, bytes_beside_a_note: int
+) -> None:
+    with process(serve, model.path, bytes_beside_a_note) as (ffn, address):
         shard = seen_from_here(model, address)
         pair, frame = await shard.connect(kind), shard.frame()
         send_signal(ffn, signal.SIGSTOP)
@@ -112,10 +133,12 @@ async def test_kill_9_of_the_ffn_is_a_sentence_while_its_answer_is_awaited(model
         pair.close()
 
 
-@each_transport
-async def test_ffn_that_was_given_up_while_frozen_harms_nobody_when_it_wakes(model: Model, kind: TransportName) -> None:
+@each_way
+async def test_ffn_that_was_given_up_while_frozen_harms_nobody_when_it_wakes(
+    model: Model, kind: TransportName, bytes_beside_a_note: int
+) -> None:
     async with running_shard(model) as oracle:
-        with process(serve, model.path) as (ffn, address):
+        with process(serve, model.path, bytes_beside_a_note) as (ffn, address):
             shard = seen_from_here(model, address)
             pair, frame = await shard.connect(kind), shard.frame()
             send_signal(ffn, signal.SIGSTOP)
@@ -130,15 +153,15 @@ async def test_ffn_that_was_given_up_while_frozen_harms_nobody_when_it_wakes(mod
             pair.close()
 
 
-@each_transport
+@each_way
 async def test_kill_9_of_attention_with_frames_under_way_leaves_the_ffn_to_the_others(
-    model: Model, kind: TransportName
+    model: Model, kind: TransportName, bytes_beside_a_note: int
 ) -> None:
     async with running_shard(model) as shard:
         other = await shard.connect(kind)
         with contextlib.ExitStack() as stack:
             attention, _ = await asyncio.to_thread(
-                stack.enter_context, process(attend, model.path, shard.address, kind)
+                stack.enter_context, process(attend, model.path, shard.address, kind, bytes_beside_a_note)
             )
             send_signal(attention, signal.SIGKILL)
             await check_answers(shard, other, shard)

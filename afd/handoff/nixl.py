@@ -1,4 +1,5 @@
-"""The nixl transport: each side writes straight into memory that the other one has registered.
+"""The nixl transport: each side writes straight into memory that the other one has registered, or what is small into
+the notification.
 
 Nothing can be slept on: whoever waits has to look, and what is under way moves on while somebody looks (docs/adr/0006).
 """

@@ -24,10 +24,13 @@ _MODULES = ("nixl_cu12", "nixl_cu13")
 _ENVIRONMENT = {
     "NIXL_LOG_LEVEL": "WARN",  # INFO goes to stdout
     "UCX_MEM_MMAP_HOOK_MODE": "none",  # watches for memory that is unmapped: 0.4 s at the start, and ours never is
+    "UCX_TCP_TX_SEG_SIZE": "64k",  # a small frame goes beside its note in one piece
+    "UCX_TCP_RX_SEG_SIZE": "64k",
 }
 _NOTE = struct.Struct("<QI")  # what was written: frame_id, slot
 _HOST = "DRAM"
 _LONGEST_WRITE_S = 200e-6
+MOST_BYTES_BESIDE_A_NOTE = 32 << 10  # beyond, a write of its own is as fast, or faster (docs/performance.md)
 
 _retired: list[Region] = []
 
@@ -60,6 +63,7 @@ class NixlLink:
         self._stride = outgoing.bytes.nbytes // num_slots
         self._num_slots = num_slots
         self._outgoing = outgoing
+        self._incoming = incoming
         self._handles: dict[tuple[int, int], Any] = {}  # by slot and number of bytes
         self._moving: dict[int, Any] = {}  # by slot: the handle that is under way
         self._due: dict[int, tuple[int, int]] = {}  # by slot: number of bytes and frame_id that follow it
@@ -88,8 +92,9 @@ class NixlLink:
             raise TransportUnavailable(f"the offered memory is none that NIXL can write to: {error}") from None
 
     def write(self, slot: int, num_bytes: int, frame_id: int) -> None:
-        """Writes the beginning of a slot and then tells the other side, after what is under way in that slot. What
-        takes longer than a moment goes on with later calls. Raises PeerUnavailable."""
+        """Writes the beginning of a slot and then tells the other side, after what is under way in that slot. Little
+        goes along with what tells of it; what takes longer than a moment goes on with later calls. Raises
+        PeerUnavailable."""
         self._due[slot] = num_bytes, frame_id
         deadline = time.monotonic() + _LONGEST_WRITE_S
         self._move_on()
@@ -127,8 +132,13 @@ class NixlLink:
             raise self._lost(error) from None
 
     def _start(self, slot: int, num_bytes: int, frame_id: int) -> None:
+        note = _NOTE.pack(frame_id, slot)
+        if num_bytes <= MOST_BYTES_BESIDE_A_NOTE:
+            start = slot * self._stride
+            self._agent.send_notif(self._peer_agent, note + self._outgoing.memory[start : start + num_bytes])
+            return
         handle = self._handles.get((slot, num_bytes)) or self._make_handle(slot, num_bytes)
-        if self._agent.transfer(handle, _NOTE.pack(frame_id, slot)) != "DONE":
+        if self._agent.transfer(handle, note) != "DONE":
             self._moving[slot] = handle
 
     def _make_handle(self, slot: int, num_bytes: int) -> Any:
@@ -142,9 +152,14 @@ class NixlLink:
         return handle
 
     def _read(self, note: bytes) -> tuple[int, int]:
-        frame_id, slot = _NOTE.unpack(note) if len(note) == _NOTE.size else (0, self._num_slots)
+        frame_id, slot = _NOTE.unpack_from(note) if len(note) >= _NOTE.size else (0, self._num_slots)
         if slot >= self._num_slots:
             raise PeerUnavailable(f"{self._peer} tells by NIXL of a slot that does not exist")
+        if num_bytes := len(note) - _NOTE.size:
+            stride = self._incoming.bytes.nbytes // self._num_slots
+            if num_bytes > stride:
+                raise PeerUnavailable(f"{self._peer} sends by NIXL more than a slot holds")
+            self._incoming.memory[slot * stride : slot * stride + num_bytes] = note[_NOTE.size :]
         return frame_id, slot
 
     def _lost(self, error: Exception) -> PeerUnavailable:
