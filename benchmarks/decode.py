@@ -2,7 +2,8 @@
 `python -m benchmarks.decode --model DIR`.
 
 All meshes run at once, and take turns; those that wait sleep. Tokens/s are counted while every stream decodes: from the
-first token of the last one to the last token of the first one. Ratios are to the first mesh, collocated on all cores.
+third token of the last one, when the step that has its prefill is over, to the last token of the first one. Ratios are
+to the first mesh, collocated on all cores.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from afd.placement import Cores
 from benchmarks.rounds import alternate, report
 
 _LONGEST_S = 1800.0  # for one load; then the run ends with an error
+_UNCOUNTED = 3  # tokens of the last stream
 _SHORTEST_WINDOW = 8  # tokens of each stream that are counted, at least
 
 
@@ -100,23 +102,24 @@ class MeasuredMesh:
         async with Client(self.mesh.gateway.address) as client:
             vocab_size = (await client.get_model()).vocab_size
 
-            async def stream(seed: int) -> list[float]:
-                times, waiting = list[float](), None
+            async def stream(group: asyncio.TaskGroup, seed: int) -> list[float]:
+                times = list[float]()
                 prompt = random_prompt(seed, load.prompt_tokens, vocab_size)
                 async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
                     times.append(time.perf_counter())
-                    waiting = waiting or asyncio.create_task(everyone_decodes.wait())
+                    if len(times) == _UNCOUNTED:
+                        group.create_task(everyone_decodes.wait())
                 somebody_ended.set()
                 return times
 
             async with asyncio.TaskGroup() as group:  # a stream that fails ends the waiting for it
-                tasks = [group.create_task(stream(seed)) for seed in range(load.streams)]
+                tasks = [group.create_task(stream(group, seed)) for seed in range(load.streams)]
                 await everyone_decodes.wait()
                 before = await asyncio.to_thread(counters, self.mesh)
                 await somebody_ended.wait()
                 spent = difference(await asyncio.to_thread(counters, self.mesh), before)
         times = [task.result() for task in tasks]
-        start, end = max(own[0] for own in times), min(own[-1] for own in times)
+        start, end = max(own[_UNCOUNTED - 1] for own in times), min(own[-1] for own in times)
         counted = [sum(start < at <= end for at in own) for own in times]
         if min(counted) < _SHORTEST_WINDOW:
             raise SystemExit(
@@ -157,6 +160,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.output_tokens < _UNCOUNTED + _SHORTEST_WINDOW:
+        parser.error(f"--output-tokens: at least {_UNCOUNTED + _SHORTEST_WINDOW}")
     known = meshes(options.model, options.device)
     if unknown := set(options.only or ()) - known.keys():
         parser.error(f"--only: there is no {unknown.pop()!r}, only: {'; '.join(known)}")

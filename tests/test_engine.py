@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -214,6 +215,18 @@ def test_a_microbatch_begins_its_next_step_while_the_other_one_is_still_under_wa
     for index in begins[:-1]:
         after = [what for what, slot in steady[index:] if slot == 1]
         assert after[0] == "receive", "the other one is away while this one begins"
+
+
+def test_microbatches_keep_half_of_the_layers_between_them(harness: Harness) -> None:
+    for sequence in [harness.submit(harness.model.prompt(length, length), 12) for length in (5, 6, 7, 8)]:
+        harness.check(sequence)
+    num_layers = harness.model.oracle.config.num_layers
+    half = math.ceil(num_layers / 2)
+    sent = [(int(what.removeprefix("send ")), slot) for what, slot in harness.ffn.log if what != "receive"]
+    steady = sent[len(sent) // 3 : 2 * len(sent) // 3]
+    begins = [index for index, (layer, _) in enumerate(steady) if layer == 0 and index]
+    assert len(begins) > 4
+    assert {steady[index - 1][0] for index in begins} == {half - 1, num_layers - half}
 
 
 def test_a_microbatch_that_fails_takes_no_other_one_along(harness: Harness) -> None:

@@ -8,12 +8,12 @@ time in which each goes through all layers once: it ends when the one ends that 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -58,9 +58,11 @@ class _Cancel:
     sequence: Sequence
 
 
-class _UnderWay(NamedTuple):
+@dataclass
+class _UnderWay:
     batch: Microbatch
     layers: Iterator[None]
+    num_sent: int = 0  # layers
 
 
 class Engine:
@@ -181,8 +183,16 @@ class Engine:
     def _turn(self, slot: int) -> None:
         if slot in self._under_way and not self._go_on(slot):
             return
-        if self._begin(slot):
+        if self._is_apart() and self._begin(slot):
             self._go_on(slot)
+
+    def _is_apart(self) -> bool:
+        """Whether a microbatch that begins now keeps its distance to the others, which is the same between all: the
+        layers that take the FFN long meet those that take it less, and the end of one the middle of another."""
+        if not self._under_way:
+            return True
+        distance = math.ceil(len(self.decoder.stack.layers) / self._num_microbatches)
+        return all(other.num_sent >= distance for other in self._under_way.values())
 
     def _begin(self, slot: int) -> bool:
         """Prepares the slot's next microbatch. False if there is nothing for it."""
@@ -200,8 +210,10 @@ class Engine:
         """A layer more. True if that was the end."""
         if self._leader not in self._under_way:
             self._leader = slot
-        batch, layers = self._under_way[slot]
-        if not batch.abandoned and next(layers, _END) is not _END:
+        under_way = self._under_way[slot]
+        batch = under_way.batch
+        if not batch.abandoned and next(under_way.layers, _END) is not _END:
+            under_way.num_sent += 1
             return False
         self._land(batch)
         if slot == self._leader:
@@ -255,8 +267,8 @@ class Engine:
         """Ends all microbatches: nothing of them is kept. Returns the sequences that were in each slot's."""
         if error:
             self.tracer.fail(error)
-        for batch, _ in self._under_way.values():
-            self.decoder.ffn.drop(batch)
+        for under_way in self._under_way.values():
+            self.decoder.ffn.drop(under_way.batch)
         self._under_way.clear()
         in_flight = {slot: [chunk.sequence for chunk in chunks] for slot, chunks in self.scheduler.in_flight.items()}
         for slot in in_flight:
