@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -44,6 +45,12 @@ def _prepare(threads: int, cpus: Collection[int]) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     if cpus:
         os.sched_setaffinity(0, cpus)
+
+
+def let_arithmetic_go_first(niceness: int) -> None:
+    """Lowers the priority of the thread that calls it, the network's. One that computes already keeps its own."""
+    if niceness and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def choose_device(settings: ComputeSettings) -> tuple[torch.dtype, torch.device]:

@@ -102,6 +102,9 @@ class ComputeSettings(ServiceSettings):
     handoff_spin_us: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
         50, description="how long a side looks out for the other one, giving way to others, before it sleeps"
     )
+    network_nice: Annotated[int, Field(ge=0, le=19)] = Field(
+        0, description="niceness of the threads that serve the network, so that arithmetic goes first (Linux)"
+    )
 
 
 class AttentionSettings(ComputeSettings):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from afd.config import parse_cpus
 
-_SPIN_TURNS_US = 0  # the other side needs the core at once, and wakes this one on it
-_SPIN_ALONE_US = 5000  # nobody else needs the core meanwhile
+# Settings of processes that take turns on a core: the other side needs it at once, and wakes this one on it.
+_TURNS = {"handoff_spin_us": 0}
+# And of those that have one alone: nobody needs it while they wait, and while they compute the network can.
+_ALONE = {"handoff_spin_us": 5000, "network_nice": 10}
 
 
 class Cores(StrEnum):
@@ -29,21 +31,20 @@ class Placement:
 
     attention: list[Sequence[int]]
     ffn: list[Sequence[int]]
-    spin_us: int | None = None  # unless AFD_HANDOFF_SPIN_US says; None: as the settings say
+    manners: Mapping[str, int] = field(default_factory=dict)  # settings, where the environment does not say
 
     @classmethod
     def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
         if cores is Cores.shared:
-            return cls(split(cpus, num_attention), split(cpus, num_ffn), _SPIN_TURNS_US)
+            return cls(split(cpus, num_attention), split(cpus, num_ffn), _TURNS)
         are_enough = num_attention + num_ffn <= len(cpus)
         parts = split(cpus, num_attention + num_ffn)
-        return cls(parts[:num_attention], parts[num_attention:], _SPIN_ALONE_US if are_enough else None)
+        return cls(parts[:num_attention], parts[num_attention:], _ALONE if are_enough else {})
 
     def settings(self, cpus: Sequence[int]) -> dict[str, Any]:
         """Of the process that has these cores."""
-        is_open = self.spin_us is not None and "AFD_HANDOFF_SPIN_US" not in os.environ
-        spin = {"handoff_spin_us": self.spin_us} if is_open else {}
-        return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **spin}
+        manners = {name: value for name, value in self.manners.items() if f"AFD_{name.upper()}" not in os.environ}
+        return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **manners}
 
 
 def split(cpus: Sequence[int], num_parts: int) -> list[Sequence[int]]:

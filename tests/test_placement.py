@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afd.compute import ComputeThread, let_arithmetic_go_first
 from afd.config import parse_cpus
 from afd.placement import Cores, Placement, split
 
@@ -20,6 +26,7 @@ def test_sides_with_their_own_cores_share_none() -> None:
     placement = Placement.of(Cores.own, 1, 2, list(range(8)))
     assert (placement.attention, placement.ffn) == ([[0, 1]], [[2, 3, 4], [5, 6, 7]])
     assert placement.settings([0, 1])["handoff_spin_us"] == 5000
+    assert placement.settings([0, 1])["network_nice"] == 10
 
 
 @pytest.mark.parametrize("cores", list(Cores))
@@ -53,3 +60,18 @@ def test_what_names_no_processors_is_refused(text: str) -> None:
 def test_how_long_to_look_out_is_what_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFD_HANDOFF_SPIN_US", "300")
     assert "handoff_spin_us" not in Placement.of(Cores.shared, 1, 1, [0, 1]).settings([0, 1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux")
+async def test_network_gives_way_to_the_arithmetic_that_runs_already() -> None:
+    compute = ComputeThread()
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def serve() -> tuple[int, int]:
+        before = compute.submit(niceness).result()
+        let_arithmetic_go_first(3)
+        return niceness() - before, compute.submit(niceness).result() - before
+
+    assert await asyncio.to_thread(serve) == (3, 0)
