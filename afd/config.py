@@ -25,7 +25,13 @@ Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DtypeName = Literal["float32", "bfloat16"]
-DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+
+
+def parse_device(value: object) -> str:
+    """As torch names it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text := str(value)):
+        raise ValueError("give cpu, cuda or cuda:N")
+    return text
 
 
 def parse_shard(value: object) -> object:
@@ -91,7 +97,7 @@ class ComputeSettings(ServiceSettings):
     """What the two services that compute share."""
 
     dtype: DtypeName = Field("bfloat16", description="of weights, arithmetic and hidden states on the wire")
-    device: DeviceName = Field("cpu", description="cpu, cuda or cuda:N")
+    device: Annotated[str, BeforeValidator(parse_device)] = Field("cpu", description="cpu, cuda or cuda:N")
     threads: Count = Field(1, description="compute threads of torch")
     cpus: Annotated[tuple[int, ...], NoDecode, BeforeValidator(parse_cpus)] = Field(
         (), description="processors that compute threads keep to, like 0 or 0,2-3; default: any"
