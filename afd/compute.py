@@ -47,8 +47,9 @@ def _prepare(threads: int, cpus: Collection[int]) -> None:
         os.sched_setaffinity(0, cpus)
 
 
-def let_arithmetic_go_first(niceness: int) -> None:
-    """Lowers the priority of the thread that calls it, the network's. One that computes already keeps its own."""
+def renice_thread(niceness: int) -> None:
+    """Lowers the priority of the thread that calls it, the network's: arithmetic goes first. The compute thread, which
+    runs already, keeps its own."""
     if niceness and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 

@@ -31,7 +31,7 @@ class Placement:
 
     attention: list[Sequence[int]]
     ffn: list[Sequence[int]]
-    manners: Mapping[str, int] = field(default_factory=dict)  # settings, where the environment does not say
+    defaults: Mapping[str, int] = field(default_factory=dict)  # settings, where the environment does not say
 
     @classmethod
     def of(cls, cores: Cores, num_attention: int, num_ffn: int, cpus: Sequence[int]) -> Placement:
@@ -43,8 +43,8 @@ class Placement:
 
     def settings(self, cpus: Sequence[int]) -> dict[str, Any]:
         """Of the process that has these cores."""
-        manners = {name: value for name, value in self.manners.items() if f"AFD_{name.upper()}" not in os.environ}
-        return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **manners}
+        defaults = {name: value for name, value in self.defaults.items() if f"AFD_{name.upper()}" not in os.environ}
+        return {"threads": len(cpus), "cpus": ",".join(map(str, cpus)), **defaults}
 
 
 def split(cpus: Sequence[int], num_parts: int) -> list[Sequence[int]]:

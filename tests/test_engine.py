@@ -229,6 +229,34 @@ def test_microbatches_keep_half_of_the_layers_between_them(harness: Harness) -> 
     assert {steady[index - 1][0] for index in begins} == {half - 1, num_layers - half}
 
 
+def test_tokens_of_a_microbatch_that_keeps_its_distance_do_not_wait_for_its_next_one(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second request comes so late in the first one's pass that this has to wait for it."""
+    num_layers = harness.model.oracle.config.num_layers
+    sequences: list[Sequence] = []
+    deliver = harness.engine.deliver
+
+    def log_and_deliver(deliveries: list[Delivery]) -> None:
+        harness.ffn.log.append(("deliver", 0))
+        deliver(deliveries)
+
+    def submit_second(batch: Any) -> None:
+        if harness.ffn.log[-1][0] == f"send {num_layers - 2}" and len(sequences) == 1:
+            sequences.append(harness.submit(harness.model.prompt(6, 6), 12))
+
+    monkeypatch.setattr(harness.engine, "deliver", log_and_deliver)
+    harness.ffn.before_send = submit_second
+    sequences.append(harness.submit(harness.model.prompt(5, 5), 12))
+    harness.wait(lambda: len(sequences) == 2)
+    for sequence in sequences:
+        harness.check(sequence)
+    log = harness.ffn.log
+    landed = log.index(("send 0", 1))
+    after = [entry for entry in log[landed:] if entry[0] != "receive" or entry[1] == 1]
+    assert after[1][0] == "deliver", "the first one's token goes out before the second one goes on"
+
+
 def test_a_microbatch_that_fails_takes_no_other_one_along(harness: Harness) -> None:
     def fail_long_contexts(batch: Any) -> None:
         if any(len(chunk.sequence.prompt_ids) == 15 for chunk in batch.chunks):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.compute import ComputeThread, let_arithmetic_go_first
+from afd.compute import ComputeThread, renice_thread
 from afd.config import parse_cpus
 from afd.placement import Cores, Placement, split
 
@@ -71,7 +71,7 @@ async def test_network_gives_way_to_the_arithmetic_that_runs_already() -> None:
 
     def serve() -> tuple[int, int]:
         before = compute.submit(niceness).result()
-        let_arithmetic_go_first(3)
+        renice_thread(3)
         return niceness() - before, compute.submit(niceness).result() - before
 
     assert await asyncio.to_thread(serve) == (3, 0)

@@ -58,8 +58,6 @@ class RemoteFFN:
         self._sent: dict[int, tuple[Frame, int]] = {}  # by slot: what is under way, and since when
         self._frame_ids = itertools.count(1)
         self._crossings: list[Crossing] = []
-        for region in (frames.region, *(region for transport in transports for region in transport.regions)):
-            region.pin(device)
 
     @property
     def transport_names(self) -> tuple[str, ...]:

@@ -97,12 +97,16 @@ class Region:
         return self.bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
     def pin(self, device: torch.device) -> None:
-        """Locks it for copies to and from a GPU, which then need no staging and do not wait for one another."""
+        """Locks it for copies to and from a GPU, which then need no staging and do not wait for one another. Raises
+        InternalError if CUDA refuses."""
         if device.type == "cuda" and not self.bytes.is_pinned():  # NIXL pins what it registers
             runtime, num_bytes = torch.cuda.cudart(), self.bytes.nbytes
             flags = _PIN_FOR_ALL_DEVICES | (_PIN_TO_READ if self.words.readonly else 0)
-            with torch.cuda.device(device):
-                torch.cuda.check_error(runtime.cudaHostRegister(self.address, num_bytes, flags))
+            try:
+                with torch.cuda.device(device):
+                    torch.cuda.check_error(runtime.cudaHostRegister(self.address, num_bytes, flags))
+            except torch.cuda.CudaError as error:
+                raise InternalError(f"{num_bytes >> 10} KiB of slots cannot be pinned for {device}: {error}") from None
             self._unpin = weakref.finalize(self, runtime.cudaHostUnregister, self.address)
             self._unpin.atexit = False
 

@@ -10,7 +10,7 @@ import grpc.aio
 import prometheus_client
 import torch
 
-from afd.compute import ComputeThread, choose_device, let_arithmetic_go_first, loading_progress
+from afd.compute import ComputeThread, choose_device, loading_progress, renice_thread
 from afd.config import AttentionSettings
 from afd.errors import ConfigError
 from afd.handoff.frame import FFN
@@ -90,7 +90,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             recovery_s=settings.ffn_recovery_s,
         )
         await compute.run(engine.warm_up)
-        let_arithmetic_go_first(settings.network_nice)
+        renice_thread(settings.network_nice)
         engine.start(compute)
         try:
             async with background(journal.run()):

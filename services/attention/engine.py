@@ -183,7 +183,9 @@ class Engine:
     def _turn(self, slot: int) -> None:
         if slot in self._under_way and not self._go_on(slot):
             return
-        if self._is_apart() and self._begin(slot):
+        if not self._is_apart():
+            self._hand_over()
+        elif self._begin(slot):
             self._go_on(slot)
 
     def _is_apart(self) -> bool:

@@ -61,6 +61,8 @@ class FfnConnector:
         try:
             for shard in range(self.num_shards):
                 pairs.append(self._connect_shard(shard, replicas, frames))
+            for region in (frames.region, *(region for transport, _ in pairs for region in transport.regions)):
+                region.pin(self.device)
         except Exception:
             for transport, _ in pairs:
                 transport.close()

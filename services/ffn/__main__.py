@@ -9,7 +9,7 @@ import grpc.aio
 import prometheus_client
 import torch
 
-from afd.compute import ComputeThread, choose_device, let_arithmetic_go_first, loading_progress
+from afd.compute import ComputeThread, choose_device, loading_progress, renice_thread
 from afd.config import FFNSettings
 from afd.handoff.handshake import topology
 from afd.model.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
     )
     batcher = Batcher(ffn_shard, settings.max_frame_tokens, settings.handoff_spin_us / 1e6, device)
     batcher.start(compute)
-    let_arithmetic_go_first(settings.network_nice)
+    renice_thread(settings.network_nice)
     try:
         await _serve_batcher(settings, checkpoint, batcher, dtype, stop)
     finally:

@@ -111,8 +111,8 @@ class _Pair:
     @contextlib.asynccontextmanager
     async def open(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest]) -> AsyncIterator[None]:
         """Takes frames while the block runs."""
-        self.servicer.num_streams += 1
         self.servicer.batcher.attach(endpoint)
+        self.servicer.num_streams += 1
         reader = asyncio.create_task(self._read(endpoint, requests))
         try:
             yield
