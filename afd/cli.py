@@ -42,6 +42,8 @@ Ffn = Annotated[
     int, typer.Option(min=0, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process")
 ]
 
+FfnReplicas = Annotated[int, typer.Option(min=1, help="replicas of each FFN shard: any of them can take over")]
+
 
 def _number_or_auto(text: str | None) -> str | None:
     try:
@@ -85,6 +87,7 @@ def up(
     model: Model,
     attention: Attention = 1,
     ffn: Ffn = 1,
+    ffn_replicas: FfnReplicas = 1,
     microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
@@ -103,6 +106,7 @@ def up(
         model=model,
         attention=attention,
         ffn=ffn,
+        ffn_replicas=ffn_replicas,
         microbatches=microbatches,
         dtype=dtype.value,
         device=device,
@@ -197,6 +201,7 @@ def bench(
     output_tokens: Annotated[int, typer.Option(min=2, help="length of each answer")] = 64,
     attention: Attention = 1,
     ffn: Ffn = 1,
+    ffn_replicas: FfnReplicas = 1,
     microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
@@ -218,6 +223,7 @@ def bench(
         model=model,
         attention=attention,
         ffn=ffn,
+        ffn_replicas=ffn_replicas,
         microbatches=microbatches,
         dtype=dtype.value,
         device=device,
@@ -286,7 +292,7 @@ def doctor(
     if require is not None and require not in LADDER:
         raise typer.BadParameter(f"--require {require}: the transports are {', '.join(LADDER)}")
     diagnosis = diagnose(ffn, tokens, spin_us / 1e6)
-    in_use = InUse.of(attention, diagnosis.ffn.topology.shard) if attention else None
+    in_use = InUse.of(attention, diagnosis.ffn) if attention else None
     for part in report(diagnosis, in_use):
         console.print(part)
     if json_file:

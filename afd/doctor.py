@@ -13,22 +13,21 @@ from afd.errors import ConfigError
 from afd.handoff.diagnosis import Diagnosis
 from afd.handoff.negotiate import LADDER, Rung
 from afd.scrape import scrape
+from afd.v1 import ffn_pb2 as pb
 
 
 @dataclass(frozen=True)
 class InUse:
-    """What a running attention replica uses with the shard, by its metrics; no transport: it has no pair with it."""
+    """What a running attention replica uses with the FFN replica, by its metrics; no transport: it has no pair."""
 
     attention: str
     transport: str | None
 
     @classmethod
-    def of(cls, attention: str, shard: int) -> InUse:
+    def of(cls, attention: str, ffn: pb.GetTopologyResponse) -> InUse:
         """Raises PeerUnavailable if there are no metrics."""
-        metrics = scrape(attention)
-        return cls(
-            attention, next((name for name in LADDER if f"afd_handoff_transport/{shard}/{name}" in metrics), None)
-        )
+        metrics, pair = scrape(attention), f"afd_handoff_transport/{ffn.replica_id}/{ffn.topology.shard}"
+        return cls(attention, next((name for name in LADDER if f"{pair}/{name}" in metrics), None))
 
 
 def report(diagnosis: Diagnosis, in_use: InUse | None) -> Iterator[Table | Text]:
@@ -49,7 +48,7 @@ def report(diagnosis: Diagnosis, in_use: InUse | None) -> Iterator[Table | Text]
         yield Text(f"On this host: {diagnosis.remark}.")
     if in_use:
         used = in_use.transport or "no transport"
-        yield Text(f"The attention replica at {in_use.attention} uses {used} with this shard.")
+        yield Text(f"The attention replica at {in_use.attention} uses {used} with this replica.")
 
 
 def _row(rung: Rung, is_chosen: bool) -> tuple[str, ...]:

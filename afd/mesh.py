@@ -41,6 +41,7 @@ class MeshOptions:
     model: Path
     attention: int = 1
     ffn: int = 1
+    ffn_replicas: int = 1  # of each shard
     microbatches: str | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -69,7 +70,7 @@ class MeshOptions:
             return None
         cores = self.cores if self.device == "cpu" else Cores.own
         try:
-            return Placement.of(cores, self.attention, self.ffn, usable_cpus())
+            return Placement.of(cores, self.attention, self.ffn * self.ffn_replicas, usable_cpus())
         except ValueError as error:
             raise ConfigError(f"AFD_CPUS={os.environ.get('AFD_CPUS')}: {error}") from None
 
@@ -155,7 +156,10 @@ class Mesh:
         compute = {**common, "dtype": options.dtype, "device": options.device}
         attention = {**compute, "ffn_shards": options.ffn, "microbatches": options.num_microbatches}
         self.services = [
-            *(Service("ffn", shard, {**compute, "shard": f"{shard}/{options.ffn}"}) for shard in range(options.ffn)),
+            *(
+                Service("ffn", index, {**compute, "shard": f"{index % options.ffn}/{options.ffn}"})
+                for index in range(options.ffn * options.ffn_replicas)
+            ),
             *(Service("attention", index, {**attention}) for index in range(options.attention)),
             Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
         ]

@@ -42,6 +42,7 @@ from afd.handoff.negotiate import LADDER, TransportName
 from afd.handoff.shm import SharedRegion
 from afd.handoff.slots import FrameSlots, SlotShape
 from afd.handoff.tensors import dtype_to_proto
+from afd.handoff.transport import receive
 from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from afd.model.weights import load_ffn_shard
@@ -175,8 +176,7 @@ def transport_way(
 ) -> Iterator[RoundTrip]:
     """Probe frames of the payload over a transport. Raises TransportUnavailable."""
     shape = SlotShape(1, payload.num_tokens, payload.hidden_size, checkpoint.config.top_k, DTYPE, DTYPE, DTYPE)
-    region = SharedRegion(shape.frame_stride)
-    frames = FrameSlots(region, shape)
+    frames = FrameSlots(SharedRegion(shape.frame_stride), shape)
     hello = pb.Hello(
         replica_id="benchmark",
         topology=topology(checkpoint.config, checkpoint.fingerprint, DTYPE, 0, 1),
@@ -185,10 +185,7 @@ def transport_way(
         num_slots=1,
         max_tokens=payload.num_tokens,
     )
-    try:
-        transport = LADDER[name](address, hello, frames, plan.spin_us / 1e6)
-    finally:
-        region.unlink()
+    transport = LADDER[name](address, hello, frames)
     ids = itertools.count(1)
     frame = Frame(0, 0, 0, _tensor(payload), None, is_probe=True)
 
@@ -196,7 +193,7 @@ def transport_way(
         sent = frame._replace(frame_id=next(ids))
         frames.write(sent)
         transport.send(sent)
-        transport.receive(sent, _ANSWER_TIMEOUT_S)
+        receive(transport, sent, _ANSWER_TIMEOUT_S, plan.spin_us / 1e6)
 
     try:
         yield round_trip

@@ -122,12 +122,14 @@ def start_mesh() -> StartMesh:
         ffn: int = 1,
         device: str = "cpu",
         microbatches: int | str = 2,
+        ffn_replicas: int = 1,
         **settings: object,
     ) -> Iterator[Mesh]:
         options = MeshOptions(
             model=model,
             attention=attention,
             ffn=ffn,
+            ffn_replicas=ffn_replicas,
             microbatches=str(microbatches),
             dtype="float32",
             device=device,

@@ -67,10 +67,10 @@ def test_every_transport_is_tried_and_the_fastest_is_what_auto_takes(
     assert {"shm", "inline"} <= usable.keys()
     assert written["chosen"] == min(usable, key=lambda name: usable[name]["latency_s"])
     assert all(rung["bytes_per_s"] > 0 for rung in usable.values())
-    assert f"afd_handoff_transport/1/{written['in_use']}" in counters(mesh, "attention-0")
+    assert f"afd_handoff_transport/ffn-1/1/{written['in_use']}" in counters(mesh, "attention-0")
     printed = capsys.readouterr().out
     assert "what auto takes" in printed
-    assert f"uses {written['in_use']} with this shard" in printed
+    assert f"uses {written['in_use']} with this replica" in printed
     assert set(DIRECTORY.iterdir()) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -120,10 +121,6 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
     def deliver(deliveries: list[Delivery]) -> None:
         harness.deliver(deliveries)
 
-    def reconnect() -> TestFFN:
-        ffn.before_receive = lambda: None
-        return ffn
-
     engine = Engine(
         decoder=Decoder(stack, cache, ffn),
         scheduler=Scheduler(
@@ -136,7 +133,6 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
         pipeline=Pipeline(range(2, 3)),
         tracer=StepTracer(),
         deliver=deliver,
-        reconnect=reconnect,
         recovery_s=1.0,
     )
     harness = Harness(model, engine, ffn)
@@ -148,7 +144,7 @@ def harness(make_model: Callable[[int], Model]) -> Iterator[Harness]:
 
 def raising(error: Exception, after: int) -> Callable[[], None]:
     """Raises at the receive number `after`."""
-    count = iter(range(after + 1))
+    count = itertools.count()
 
     def before_receive() -> None:
         if next(count) == after:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,10 +25,13 @@ from afd.handoff.frame import Frame, FrameOutput, Timing
 from afd.handoff.handshake import topology
 from afd.handoff.inline import frame_to_proto
 from afd.handoff.negotiate import LADDER, Rung, TransportName, connect_pair
-from afd.handoff.remote import RemoteFFN, Transport
-from afd.handoff.shm import DIRECTORY, SharedRegion, ShmTransport, open_region, sweep
+from afd.handoff.remote import RemoteFFN
+from afd.handoff.replicas import Pair as ReplicaPair
+from afd.handoff.replicas import RoutingTable
+from afd.handoff.shm import DIRECTORY, SharedRegion, ShmTransport, handing_over, open_region, sweep, take_over
 from afd.handoff.slots import FrameSlots, Region, SlotShape
 from afd.handoff.tensors import dtype_to_proto
+from afd.handoff.transport import Transport, receive
 from afd.model.checkpoint import Checkpoint
 from afd.model.moe import Routing
 from afd.model.weights import load_ffn_shard
@@ -61,7 +64,7 @@ class Pair:
         await asyncio.to_thread(self.transport.send, frame)
 
     async def receive(self, frame: Frame, timeout_s: float = 5.0) -> FrameOutput:
-        return await asyncio.to_thread(self.transport.receive, frame, timeout_s)
+        return await asyncio.to_thread(receive, self.transport, frame, timeout_s, SPIN_S)
 
     def close(self) -> None:
         self.transport.close()
@@ -145,14 +148,8 @@ class Shard:
         self, kind: TransportName = "inline", frame_dtype: torch.dtype = torch.float32, **changes: Any
     ) -> Pair:
         frames = self.frames(frame_dtype)
-        try:
-            transport = await asyncio.to_thread(
-                LADDER[kind], self.address, self.hello(frame_dtype, **changes), frames, SPIN_S
-            )
-            return Pair(transport, frames)
-        finally:
-            assert isinstance(frames.region, SharedRegion)
-            frames.region.unlink()
+        transport = await asyncio.to_thread(LADDER[kind], self.address, self.hello(frame_dtype, **changes), frames)
+        return Pair(transport, frames)
 
     def layer(self, moe: bool) -> int:
         config = self.checkpoint.config
@@ -188,9 +185,11 @@ async def running_shard(model: Model, shard: int = 0, num_shards: int = 1) -> As
     def add(server: grpc.aio.Server) -> None:
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
 
-    async with serving(add, ("afd.v1.FfnService",), "127.0.0.1", 0) as port:
-        yield Shard(servicer, f"127.0.0.1:{port}", checkpoint, shard, num_shards)
-    batcher.stop()
+    try:
+        async with serving(add, ("afd.v1.FfnService",), "127.0.0.1", 0) as port:
+            yield Shard(servicer, f"127.0.0.1:{port}", checkpoint, shard, num_shards)
+    finally:
+        batcher.stop()
 
 
 @contextlib.asynccontextmanager
@@ -261,10 +260,9 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, kind, SPIN_S)
             for shard, kind in zip(shards, ("shm", "inline", "auto"), strict=True)
         ]
-        ffn = RemoteFFN([transport for transport, _ in pairs], frames, CPU, timeout_s=5.0)
-        assert isinstance(frames.region, SharedRegion)
-        frames.region.unlink()
-        assert [transport.name for transport in ffn.transports][:2] == ["shm", "inline"]
+        ffn = RemoteFFN(frames, CPU, timeout_s=5.0, spin_s=SPIN_S)
+        ffn.table = RoutingTable(1, tuple((ReplicaPair(f"ffn-{i}", i, 3, *pairs[i]),) for i in range(3)))
+        assert ffn.transport_names[:2] == ("shm", "inline")
         frame = whole.frame()
         batch = Batch(0, frame.num_tokens)
         await asyncio.to_thread(ffn.send, batch, frame.layer_idx, frame.ffn_input, frame.routing)
@@ -297,7 +295,7 @@ async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Mode
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("protocol_version", 99, "protocol version differs: attention has 99, the FFN has 1"),
+        ("protocol_version", 99, "protocol version differs: attention has 99, the FFN has 2"),
         ("model_fingerprint", "other", "model fingerprint differs: attention has other, the FFN has"),
         ("hidden_size", 7168, "hidden size differs: attention has 7168"),
         ("num_layers", 61, "num layers differs: attention has 61"),
@@ -336,7 +334,7 @@ async def test_slots_that_cannot_be_are_refused_in_the_handshake(
         for name, value in changes.items():
             setattr(hello, name, value)
         with pytest.raises(Mismatch, match=words):
-            await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
+            await asyncio.to_thread(ControlStream, shard.address, hello)
 
 
 def lost_probe(monkeypatch: pytest.MonkeyPatch, losing: TransportName) -> None:
@@ -362,8 +360,6 @@ async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
         frames = shard.frames()
         with pytest.raises(PeerUnavailable, match="lost"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
-        assert isinstance(frames.region, SharedRegion)
-        frames.region.unlink()
         await until_no_pair_is_left(shard)
 
 
@@ -379,8 +375,6 @@ async def test_transport_whose_probe_stays_away_is_passed_over(
         transport, _ = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert transport.name != losing
         transport.close()
-        assert isinstance(frames.region, SharedRegion)
-        frames.region.unlink()
         await until_no_pair_is_left(shard)
 
 
@@ -394,7 +388,7 @@ async def test_stream_without_a_hello_is_refused(model: Model) -> None:
 
 async def test_nobody_at_the_address_is_an_error_in_bounded_time() -> None:
     with pytest.raises(PeerUnavailable):
-        await asyncio.to_thread(ControlStream, "127.0.0.1:1", pb.Hello(), SPIN_S)
+        await asyncio.to_thread(ControlStream, "127.0.0.1:1", pb.Hello())
 
 
 def encoded(frame: Frame) -> pb.Frame:
@@ -489,9 +483,7 @@ async def test_damaged_slot_is_refused_and_the_pair_goes_on(
     async with running_shard(model) as shard:
         pair, bad, good = await shard.connect("shm"), shard.frame(1), shard.frame(2)
         pair.frames.write(bad)
-        pair.frames.withdraw(0)
         damage(pair.frames, offset, damaged)
-        pair.frames.region.words[0] = bad.frame_id
         pair.transport.send(bad)
         with pytest.raises(InternalError, match=words):
             await pair.receive(bad)
@@ -526,50 +518,75 @@ async def test_no_shared_memory_is_left_behind(model: Model) -> None:
 
 
 async def test_memory_that_the_ffn_cannot_see_is_declined_in_words(
-    model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @contextlib.contextmanager
+    def elsewhere(files: list[int]) -> Iterator[str]:
+        with handing_over(files) as name:
+            (DIRECTORY / name).unlink()
+            yield name
+
+    monkeypatch.setattr("afd.handoff.shm.handing_over", elsewhere)
     async with running_shard(model) as shard:
         frames = shard.frames()
-        monkeypatch.setattr("afd.handoff.shm.DIRECTORY", tmp_path)  # the endpoint looks here; the file is elsewhere
         with pytest.raises(ConfigError, match=r"AFD_HANDOFF=shm cannot be had .* cannot open .* another host"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "shm", SPIN_S)
         transport, rung = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert transport.name == rung.transport != "shm"
         transport.close()
-        monkeypatch.undo()
-        assert isinstance(frames.region, SharedRegion)
-        frames.region.unlink()
 
 
-def test_full_shared_memory_is_a_sentence(tmp_path: Path) -> None:
-    before = set(DIRECTORY.iterdir())
-    with pytest.raises(TransportUnavailable, match=r"KiB of shared memory cannot be had in .*--shm-size"):
+def test_memory_that_cannot_be_had_is_a_sentence() -> None:
+    with pytest.raises(TransportUnavailable, match=r"KiB of shared memory cannot be had .* lower AFD_MAX_SEQUENCES"):
         SharedRegion(1 << 50)
-    assert set(DIRECTORY.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["../etc/passwd", "afd-", "afd-" + "0" * 31 + "/", ""])
 def test_only_names_of_shared_memory_are_opened(name: str) -> None:
     with pytest.raises(TransportUnavailable, match="not one of shared memory"):
-        open_region(name, 4096, writable=True)
+        take_over(name, 1)
 
 
 def test_memory_of_another_size_is_declined() -> None:
     region = SharedRegion(8192)
     with pytest.raises(TransportUnavailable, match="has 8192 bytes, not 4096"):
-        open_region(region.name, 4096, writable=False)
-    region.unlink()
+        open_region(region.file.number, 4096, writable=False)
+
+
+def test_memory_that_could_be_taken_away_under_the_other_side_is_declined() -> None:
+    file = os.memfd_create("shrinks", os.MFD_ALLOW_SEALING)
+    os.truncate(file, 4096)
+    with pytest.raises(TransportUnavailable, match="not 4096 for good"):
+        open_region(file, 4096, writable=False)
+    os.close(file)
+    region = SharedRegion(4096)
+    with pytest.raises(OSError, match="not permitted"):
+        os.truncate(region.file.number, 0)
+
+
+def test_fewer_files_than_there_should_be_are_declined_and_closed() -> None:
+    num_open = len(os.listdir("/proc/self/fd"))
+    region = SharedRegion(4096)
+    with handing_over([region.file.number]) as name, pytest.raises(TransportUnavailable, match="1 files were handed"):
+        take_over(name, 2)
+    del region
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_nobody_else_may_open_what_is_handed_over() -> None:
+    with handing_over([0]) as name:
+        assert stat.S_IMODE((DIRECTORY / name).stat().st_mode) == 0o600
+    assert not (DIRECTORY / name).exists()
 
 
 def test_sweep_removes_what_a_killed_process_left_and_nothing_else() -> None:
-    old, young = SharedRegion(4096), SharedRegion(4096)
-    long_ago = time.time() - 3600
-    os.utime(DIRECTORY / old.name, (long_ago, long_ago))
-    sweep()
-    names = {path.name for path in DIRECTORY.iterdir()}
-    assert old.name not in names
-    assert young.name in names
-    young.unlink()
+    with handing_over([0]) as old, handing_over([0]) as young:
+        long_ago = time.time() - 3600
+        os.utime(DIRECTORY / old, (long_ago, long_ago))
+        sweep()
+        names = {path.name for path in DIRECTORY.iterdir()}
+        assert old not in names
+        assert young in names
 
 
 def test_what_nobody_rings_for_is_looked_at_again_after_a_share_of_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,7 +657,7 @@ async def test_withdrawn_frame_is_not_answered(model: Model) -> None:
     async with running_shard(model) as shard:
         pair, frame = await shard.connect("shm"), shard.frame(5)
         pair.frames.write(frame)
-        pair.frames.withdraw(0)
+        pair.transport.drop(frame)
         with pytest.raises(PeerUnavailable, match="in time"):
             await pair.receive(frame, 0.2)
         assert shard.servicer.batcher.counters.num_frames == 0

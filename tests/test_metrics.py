@@ -64,8 +64,8 @@ def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[
 def test_the_transport_of_every_pair_is_a_metric_with_what_its_probe_measured(mesh: Mesh) -> None:
     values = counters(mesh, "attention-0")
     for shard in ("0", "1"):
-        (transport,) = (name for name in LADDER if f"afd_handoff_transport/{shard}/{name}" in values)
-        assert values[f"afd_handoff_transport/{shard}/{transport}"] == 1
+        (transport,) = (name for name in LADDER if f"afd_handoff_transport/ffn-{shard}/{shard}/{name}" in values)
+        assert values[f"afd_handoff_transport/ffn-{shard}/{shard}/{transport}"] == 1
         assert 0 < values[f"afd_handoff_probe_latency_seconds/{shard}/{transport}"] < 5
         assert values[f"afd_handoff_probe_bytes_per_second/{shard}/{transport}"] > 0
         assert values[f"afd_handoffs/{shard}"] == values["afd_handoffs/0"] > 0

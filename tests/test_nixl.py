@@ -62,7 +62,7 @@ async def test_ffn_without_nixl_says_so(model: Model, no_nixl: None) -> None:
         hello = shard.hello()
         hello.nixl.SetInParent()
         with pytest.raises(TransportUnavailable, match=r"the FFN has no NIXL .*: pip install"):
-            await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
+            await asyncio.to_thread(ControlStream, shard.address, hello)
 
 
 BAD_OFFERS = [
@@ -93,7 +93,7 @@ async def test_bad_offer_of_attention_is_declined_in_words(
         hello.nixl.CopyFrom(attention.offer)
         damage(hello.nixl)
         with pytest.raises(TransportUnavailable, match=words):
-            await asyncio.to_thread(ControlStream, shard.address, hello, SPIN_S)
+            await asyncio.to_thread(ControlStream, shard.address, hello)
 
 
 @needs_nixl

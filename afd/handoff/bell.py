@@ -7,7 +7,6 @@ import os
 import select
 import time
 from collections.abc import Collection
-from pathlib import Path
 
 LONGEST_SLEEP_S = 1.0
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 5e-3
@@ -31,10 +30,14 @@ class Bell:
         return cls(*os.pipe())
 
     @classmethod
-    def named(cls, path: Path) -> Bell:
-        """The FIFO at path. Raises OSError if there is none that may be opened."""
-        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-        return cls(file, file)
+    def given(cls, reading: int, writing: int) -> Bell:
+        """Another process's, whose files were handed over; they stay the caller's."""
+        return cls(os.dup(reading), os.dup(writing))
+
+    @property
+    def files(self) -> tuple[int, int]:
+        """To hand over. Whoever has both is not disturbed when the other side ends."""
+        return self._reading, self._writing
 
     def fileno(self) -> int:
         return self._reading
@@ -50,8 +53,8 @@ class Bell:
             os.read(self._reading, 65536)
 
     def __del__(self) -> None:
-        for file in {self._reading, self._writing}:
-            os.close(file)
+        os.close(self._reading)
+        os.close(self._writing)
 
 
 class Lookout:

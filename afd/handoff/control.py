@@ -6,12 +6,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
 
-from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, StaleEpoch, TransportUnavailable
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.handshake import refuse_mismatch
 from afd.rpc import CHANNEL_OPTIONS, to_error
@@ -30,20 +30,16 @@ class Arrival:
 
 
 class ControlStream:
-    """Used by one thread; another one reads the stream behind it."""
+    """Used by one thread; another one reads the stream behind it, and rings the bell for all that comes."""
 
-    def __init__(self, address: str, hello: pb.Hello, spin_s: float, bells: Sequence[Bell | None] = ()) -> None:
-        """Connects and shakes hands. Raises PeerUnavailable, Mismatch naming what differs, or TransportUnavailable.
-
-        `bells` ring for what comes outside the stream, None if nobody rings; spin_s is how long to look out for it
-        before sleeping.
-        """
+    def __init__(self, address: str, hello: pb.Hello) -> None:
+        """Connects and shakes hands. Raises PeerUnavailable, Mismatch naming what differs, or TransportUnavailable."""
         self.address = address
+        self.bell = Bell.private()
         self.arrivals: dict[int, Arrival] = {}
-        self._refusals: dict[int, str] = {}
+        self._refusals: dict[int, pb.FrameError] = {}
+        self._awaited: set[int] = set()
         self._error: AfdError | None = None
-        self._stream_bell = Bell.private()
-        self._lookout = Lookout(spin_s, [self._stream_bell, *bells])
         self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         self._welcomes: queue.SimpleQueue[pb.Welcome] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -63,27 +59,31 @@ class ControlStream:
     def put(self, request: pb.ConnectRequest) -> None:
         self._outbox.put(request)
 
-    def drop(self, frame_id: int) -> None:
+    def expect(self, frame_id: int) -> None:
+        """A frame is under way: what the FFN says of it is of interest."""
+        self._awaited.add(frame_id)
+
+    def check(self, frame_id: int) -> None:
+        """Raises PeerUnavailable if the pair is lost; StaleEpoch or InternalError if the frame was refused."""
+        if self._error is not None:
+            raise self._error
+        if frame_id in self._refusals:
+            refusal = self._refusals[frame_id]
+            self.forget(frame_id)
+            if refusal.stale:
+                raise StaleEpoch(f"the FFN at {self.address}: {refusal.message}")
+            raise InternalError(f"the FFN at {self.address} refused a frame: {refusal.message}")
+
+    def forget(self, frame_id: int) -> None:
+        """Nothing more is awaited for a frame."""
+        self._awaited.discard(frame_id)
         self.arrivals.pop(frame_id, None)
         self._refusals.pop(frame_id, None)
+
+    def drop(self, frame_id: int) -> None:
+        """Tells the FFN, too."""
+        self.forget(frame_id)
         self.put(pb.ConnectRequest(drop_frame=pb.DropFrame(frame_id=frame_id)))
-
-    def wait(self, is_there: Callable[[], bool], frame_id: int, timeout_s: float) -> None:
-        """Returns when is_there says so: looks out for a while, giving way to others, and then sleeps in between.
-
-        Raises PeerUnavailable if the pair is lost or the time is over, InternalError if the frame is refused.
-        """
-        started = time.monotonic()
-        while not is_there():
-            if self._error is not None:
-                raise self._error
-            if frame_id in self._refusals:
-                message = self._refusals.pop(frame_id)
-                raise InternalError(f"the FFN at {self.address} refused a frame: {message}")
-            waited_s = time.monotonic() - started
-            if waited_s > timeout_s:
-                raise PeerUnavailable(f"the FFN at {self.address} does not answer in time")
-            self._lookout.pause(waited_s, timeout_s - waited_s)
 
     def close(self) -> None:
         self._outbox.put(None)
@@ -103,25 +103,37 @@ class ControlStream:
             reason = to_error(error)
             kind = Mismatch if isinstance(reason, Mismatch) else PeerUnavailable
             self._error = kind(f"the FFN at {self.address}: {reason}")
-        self._stream_bell.ring()
+        self.bell.ring()
 
     def _take(self, response: pb.ConnectResponse) -> None:
         kind = response.WhichOneof("message")
-        if kind == "output":
+        if kind == "output" and response.output.frame_id in self._awaited:
             self.arrivals[response.output.frame_id] = Arrival(response.output, time.perf_counter_ns())
-        elif kind == "frame_error":
-            self._refusals[response.frame_error.frame_id] = response.frame_error.message
+        elif kind == "frame_error" and response.frame_error.frame_id in self._awaited:
+            self._refusals[response.frame_error.frame_id] = response.frame_error
         elif kind == "welcome":
             self._welcomes.put(response.welcome)
-        self._stream_bell.ring()
+        self.bell.ring()
 
     def _shake_hands(self, hello: pb.Hello) -> pb.Welcome:
-        try:
-            self.wait(lambda: not self._welcomes.empty(), 0, HANDSHAKE_TIMEOUT_S)
-        except InternalError as error:
-            raise PeerUnavailable(f"the FFN at {self.address} did not begin with a welcome: {error}") from None
+        self._wait(lambda: not self._welcomes.empty())
         welcome = self._welcomes.get()
         refuse_mismatch(hello.topology, welcome.topology)
         if welcome.declined:
             raise TransportUnavailable(welcome.declined)
         return welcome
+
+    def _wait(self, is_there: Callable[[], bool]) -> None:
+        lookout, deadline = Lookout(0, [self.bell]), time.monotonic() + HANDSHAKE_TIMEOUT_S
+        while not is_there():
+            if self._error is not None:
+                raise self._error
+            if time.monotonic() > deadline:
+                raise PeerUnavailable(f"the FFN at {self.address} does not answer in time")
+            lookout.pause(0, deadline - time.monotonic())
+
+
+def refusal(frame_id: int, error: AfdError) -> pb.ConnectResponse:
+    """What the FFN says of a frame that it does not answer."""
+    stale = isinstance(error, StaleEpoch)
+    return pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error), stale=stale))

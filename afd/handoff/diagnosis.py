@@ -44,11 +44,7 @@ def diagnose(address: str, max_tokens: int, spin_s: float) -> Diagnosis:
     ffn = _ask(address)
     max_tokens = min(max_tokens, ffn.max_frame_tokens)
     frames, remark = _frames(ffn.topology, max_tokens)
-    try:
-        rungs = tuple(_try(name, address, ffn.topology, frames, spin_s) for name in LADDER)
-    finally:
-        if isinstance(frames.region, SharedRegion):
-            frames.region.unlink()
+    rungs = tuple(_try(name, address, ffn.topology, frames, spin_s) for name in LADDER)
     return Diagnosis(address, ffn, max_tokens, rungs, remark)
 
 

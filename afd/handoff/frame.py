@@ -26,6 +26,7 @@ class Frame(NamedTuple):
     routing: Routing | None  # None exactly on dense layers
     traceparent: str = ""
     is_probe: bool = False  # not to be computed: ffn_input itself is the answer
+    epoch: int = 0  # of the layout of shards that it is for
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +77,10 @@ class FFN(Protocol):
     def transport_names(self) -> tuple[str, ...]:
         """How frames get to each shard; empty where the FFN is in this process."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a replica of every shard, so that a step can be done at all."""
+
     def buffer(self, batch: InFlight) -> tuple[Tensor, Routing] | None:
         """Where ffn_input [T, D] and routing are best written, so that they need not be copied; None: anywhere."""
 
@@ -85,7 +90,7 @@ class FFN(Protocol):
     def receive(self, batch: InFlight) -> Tensor:
         """The sum of all partial sums [T, D] of what was last sent for this microbatch; good until the next send.
 
-        Raises PeerUnavailable if a shard is lost or does not answer in time.
+        Raises PeerUnavailable if no replica of a shard is left, or none answers in time.
         """
 
     def drop(self, batch: InFlight) -> None:

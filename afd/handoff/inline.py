@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afd.errors import AfdError, InternalError, InvalidRequest
 from afd.handoff.bell import Bell
-from afd.handoff.control import ControlStream
+from afd.handoff.control import ControlStream, refusal
 from afd.handoff.fp8 import FP8, dequantize
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.slots import FrameSlots, SlotShape
@@ -25,18 +25,22 @@ class InlineTransport:
     name = "inline"
     regions = ()
 
-    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
         self.frames = frames
         self.shape = frames.shape
-        self.control = ControlStream(address, hello, spin_s)
+        self.control = ControlStream(address, hello)
+        self.bells = (self.control.bell,)
 
     def send(self, frame: Frame) -> None:
+        self.control.expect(frame.frame_id)
         self.control.put(pb.ConnectRequest(frame=frame_to_proto(frame, self.frames)))
 
-    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
-        arrivals = self.control.arrivals
-        self.control.wait(lambda: frame.frame_id in arrivals, frame.frame_id, timeout_s)
-        arrival = arrivals.pop(frame.frame_id)
+    def answer(self, frame: Frame) -> FrameOutput | None:
+        arrival = self.control.arrivals.get(frame.frame_id)
+        if arrival is None:
+            self.control.check(frame.frame_id)
+            return None
+        self.control.forget(frame.frame_id)
         message, shape = arrival.output, (frame.num_tokens, self.shape.hidden_size)
         try:
             ffn_output = from_proto("ffn_output", message.ffn_output, self.shape.output_dtype, shape)
@@ -90,7 +94,7 @@ class InlineEndpoint:
 
     def refuse(self, frame_id: int, error: AfdError) -> None:
         self._awaited.discard(frame_id)
-        self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))
+        self.post(refusal(frame_id, error))
 
     def close(self) -> None:
         self._awaited.clear()
@@ -100,7 +104,11 @@ def frame_to_proto(frame: Frame, frames: FrameSlots) -> pb.Frame:
     """The message for a frame that was written to its slot, and is encoded there already."""
     parts = frames.parts(frame.slot, frame.num_tokens)
     message = pb.Frame(
-        frame_id=frame.frame_id, layer_idx=frame.layer_idx, traceparent=frame.traceparent, probe=frame.is_probe
+        frame_id=frame.frame_id,
+        layer_idx=frame.layer_idx,
+        traceparent=frame.traceparent,
+        probe=frame.is_probe,
+        epoch=frame.epoch,
     )
     message.ffn_input.CopyFrom(to_proto(parts.ffn_input))
     if frames.shape.frame_dtype is FP8:
@@ -130,6 +138,7 @@ def frame_from_proto(message: pb.Frame, rules: FrameRules, dtype: torch.dtype) -
         routing=_routing_from_proto(message, rules, num_tokens) if has_routing else None,
         traceparent=message.traceparent,
         is_probe=message.probe,
+        epoch=message.epoch,
     )
 
 

@@ -15,6 +15,7 @@ class LocalFFN:
     """Computes on receive. One device has nothing to overlap."""
 
     transport_names: tuple[str, ...] = ()
+    is_whole = True
 
     def __init__(self, shard: FFNShard) -> None:
         self.shard = shard

@@ -15,21 +15,20 @@ from afd.errors import AfdError, ConfigError, InternalError, PeerUnavailable, Tr
 from afd.handoff.frame import Frame
 from afd.handoff.inline import InlineTransport
 from afd.handoff.nixl import NixlTransport
-from afd.handoff.remote import Transport
 from afd.handoff.shm import ShmTransport
 from afd.handoff.slots import FrameSlots
+from afd.handoff.transport import Transport, receive
 from afd.v1 import ffn_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 TransportName = Literal["nixl", "shm", "inline"]
-LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots, float], Transport]] = {
+LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots], Transport]] = {
     "nixl": NixlTransport,
     "shm": ShmTransport,
     "inline": InlineTransport,
 }
 
-_PROBE_SLOT = 0
 _NUM_WARM_UPS, _NUM_SMALL, _NUM_LARGE = 3, 15, 3
 _TIMEOUT_S = 5.0
 
@@ -57,7 +56,8 @@ def slowness(rung: Rung) -> float:
 def connect_pair(
     address: str, hello: pb.Hello, frames: FrameSlots, wanted: TransportName | Literal["auto"], spin_s: float
 ) -> tuple[Transport, Rung]:
-    """The best transport, or the one wanted, with its probe. No frame of another pair may be under way meanwhile.
+    """The best transport, or the one wanted, with its probe. Frames of other pairs may be under way meanwhile, in all
+    slots but the last.
 
     Raises PeerUnavailable, Mismatch, or ConfigError if the one wanted cannot be had.
     """
@@ -87,11 +87,12 @@ def climb(
     own_hello = pb.Hello()
     own_hello.CopyFrom(hello)
     try:
-        transport = LADDER[name](address, own_hello, frames, spin_s)
+        transport = LADDER[name](address, own_hello, frames)
     except TransportUnavailable as error:
         return None, Rung(name, reason=str(error))
     try:
-        return transport, probe(name, transport, frames)
+        with frames.probing:
+            return transport, probe(name, transport, frames, spin_s)
     except AfdError as error:
         another_may_do = _another_may_do(transport, error)
         transport.close()
@@ -107,11 +108,11 @@ def _another_may_do(transport: Transport, error: AfdError) -> bool:
     return isinstance(error, InternalError)
 
 
-def probe(name: TransportName, transport: Transport, frames: FrameSlots) -> Rung:
+def probe(name: TransportName, transport: Transport, frames: FrameSlots, spin_s: float) -> Rung:
     """Sends tensors there and back, and compares them. Raises PeerUnavailable, or InternalError if they differ."""
-    small = [_round_trip_s(transport, frames, 1, number) for number in range(_NUM_WARM_UPS + _NUM_SMALL)]
+    small = [_round_trip_s(transport, frames, 1, number, spin_s) for number in range(_NUM_WARM_UPS + _NUM_SMALL)]
     num_tokens = frames.shape.max_tokens
-    large = [_round_trip_s(transport, frames, num_tokens, number) for number in range(1 + _NUM_LARGE)]
+    large = [_round_trip_s(transport, frames, num_tokens, number, spin_s) for number in range(1 + _NUM_LARGE)]
     num_bytes = frames.shape.frame_bytes(num_tokens) + frames.shape.answer_bytes(num_tokens)
     return Rung(
         name,
@@ -120,16 +121,15 @@ def probe(name: TransportName, transport: Transport, frames: FrameSlots) -> Rung
     )
 
 
-def _round_trip_s(transport: Transport, frames: FrameSlots, num_tokens: int, number: int) -> float:
+def _round_trip_s(transport: Transport, frames: FrameSlots, num_tokens: int, number: int, spin_s: float) -> float:
     frame = _probe_frame(frames, num_tokens, number)
     start = time.perf_counter()
     frames.write(frame)
     transport.send(frame)
-    output = transport.receive(frame, _TIMEOUT_S).ffn_output
+    output = receive(transport, frame, _TIMEOUT_S, spin_s).ffn_output
     seconds = time.perf_counter() - start
     if not torch.equal(output, frame.ffn_input.to(output.dtype)):
         raise InternalError("a probe did not come back as it was sent")
-    frames.withdraw(_PROBE_SLOT)
     return seconds
 
 
@@ -140,4 +140,4 @@ def _probe_frame(frames: FrameSlots, num_tokens: int, number: int) -> Frame:
     """One power of two, which every dtype here holds exactly, in every place."""
     shape = frames.shape
     ffn_input = torch.full((num_tokens, shape.hidden_size), 2.0 ** (number % 7), dtype=shape.dtype)
-    return Frame(next(_probe_ids), _PROBE_SLOT, 0, ffn_input, None, is_probe=True)
+    return Frame(next(_probe_ids), shape.num_slots - 1, 0, ffn_input, None, is_probe=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable, TransportUnavailable
-from afd.handoff.control import ControlStream
+from afd.handoff.control import ControlStream, refusal
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.nixl_link import NixlLink
 from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape
@@ -26,7 +26,7 @@ class NixlTransport:
 
     name = "nixl"
 
-    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
         """Raises TransportUnavailable if one side has no NIXL, or they do not fit."""
         shape = frames.shape
         self.shape = shape
@@ -37,7 +37,8 @@ class NixlTransport:
             "attention replica", f"the FFN at {address}", frames.region, self.answers.region, shape.num_slots
         )
         hello.nixl.CopyFrom(self._link.offer)
-        self.control = ControlStream(address, hello, spin_s, [None])
+        self.control = ControlStream(address, hello)
+        self.bells = (self.control.bell, None)
         try:
             self._link.connect(self.control.welcome.nixl)
         except TransportUnavailable:
@@ -45,10 +46,16 @@ class NixlTransport:
             raise
 
     def send(self, frame: Frame) -> None:
+        self.control.expect(frame.frame_id)
         self._link.write(frame.slot, self.shape.frame_bytes(frame.num_tokens), frame.frame_id)
 
-    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
-        self.control.wait(lambda: self._has_answer(frame), frame.frame_id, timeout_s)
+    def answer(self, frame: Frame) -> FrameOutput | None:
+        for frame_id, slot in self._link.poll():
+            self._answered[slot] = frame_id
+        if self._answered[frame.slot] != frame.frame_id:
+            self.control.check(frame.frame_id)
+            return None
+        self.control.forget(frame.frame_id)
         try:
             return self.answers.read(frame.slot, frame.num_tokens)
         except InternalError as error:
@@ -59,11 +66,6 @@ class NixlTransport:
 
     def close(self) -> None:
         self.control.close()
-
-    def _has_answer(self, frame: Frame) -> bool:
-        for frame_id, slot in self._link.poll():
-            self._answered[slot] = frame_id
-        return self._answered[frame.slot] == frame.frame_id
 
 
 class NixlEndpoint:
@@ -124,7 +126,7 @@ class NixlEndpoint:
 
     def refuse(self, frame_id: int, error: AfdError) -> None:
         self._awaited.discard(frame_id)
-        self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))
+        self.post(refusal(frame_id, error))
 
     def close(self) -> None:
         """The agent goes with the last look at it, which may be the batcher's."""

@@ -6,105 +6,131 @@ Needs x86-64, whose processors keep the order of writes; elsewhere Python has no
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import mmap
 import os
 import platform
 import re
+import socket
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from afd.errors import AfdError, InternalError, InvalidRequest, TransportUnavailable
+from afd.errors import AfdError, InternalError, StaleEpoch, TransportUnavailable
 from afd.handoff.bell import Bell
-from afd.handoff.control import ControlStream
+from afd.handoff.control import HANDSHAKE_TIMEOUT_S, ControlStream, refusal
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
-from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape
+from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape, aligned
 from afd.v1 import ffn_pb2 as pb
 
 DIRECTORY = Path("/dev/shm")
 _NAME = re.compile(r"afd-[0-9a-f]{32}")
 _SWEEP_AFTER_S = 60.0  # no pair takes so long to come up
+_NUM_FILES = 7  # memory of frames, posts and answers; two pipes
 
 
 class SharedRegion(Region):
-    """A region that other processes of this host can open by its name, until it is unlinked."""
+    """A region whose file other processes of this host can be given. It has no name, so nothing of it outlives them;
+    and no one can shrink it under the others."""
 
     def __init__(self, num_bytes: int) -> None:
         """Raises TransportUnavailable where there is no shared memory, or too little."""
-        if platform.machine() not in ("x86_64", "AMD64"):
-            raise TransportUnavailable(f"shared memory needs x86-64's order of writes; this is {platform.machine()}")
-        self.name = _new_name()
-        try:
-            super().__init__(_make_file(DIRECTORY / self.name, num_bytes))
-        except OSError as error:
-            self.unlink()
+        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
             raise TransportUnavailable(
-                f"{num_bytes >> 10} KiB of shared memory cannot be had in {DIRECTORY} ({error.strerror}); if it is "
-                "full, give it more (docker: --shm-size), or lower AFD_MAX_SEQUENCES or AFD_PREFILL_CHUNK_TOKENS"
+                f"shared memory needs Linux, and x86-64's order of writes; this is {sys.platform} on "
+                f"{platform.machine()}"
+            )
+        try:
+            self.file = _Descriptor(os.memfd_create("afd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            if num_bytes > os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            os.posix_fallocate(self.file.number, 0, num_bytes)  # too little is an error here, not a SIGBUS later
+            fcntl.fcntl(self.file.number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            super().__init__(mmap.mmap(self.file.number, num_bytes))
+        except OSError as error:
+            raise TransportUnavailable(
+                f"{num_bytes >> 10} KiB of shared memory cannot be had ({error.strerror}); lower AFD_MAX_SEQUENCES or "
+                "AFD_PREFILL_CHUNK_TOKENS"
             ) from None
 
-    def unlink(self) -> None:
-        """Takes the name away; the memory lives as long as somebody looks at it."""
-        (DIRECTORY / self.name).unlink(missing_ok=True)
 
+class _Descriptor:
+    """An open file, closed with the last look at it."""
 
-def _new_name() -> str:
-    return f"afd-{uuid.uuid4().hex}"
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-
-def _make_bell(name: str) -> Bell:
-    try:
-        os.mkfifo(DIRECTORY / name, 0o600)
-        return Bell.named(DIRECTORY / name)
-    except OSError as error:
-        raise TransportUnavailable(f"no FIFO can be made in {DIRECTORY} ({error.strerror})") from None
-
-
-def _make_file(path: Path, num_bytes: int) -> mmap.mmap:
-    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(file, 0, num_bytes)  # a full /dev/shm is an error here, not a SIGBUS later
-        return mmap.mmap(file, num_bytes)
-    finally:
-        os.close(file)
-
-
-def open_region(name: str, num_bytes: int, writable: bool) -> Region:
-    """A region that a peer of this host has made. Raises TransportUnavailable if this process cannot see it."""
-    with _in_words():
-        file = os.open(_path(name), (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        if os.fstat(file).st_size != num_bytes:
-            raise TransportUnavailable(f"the offered memory has {os.fstat(file).st_size} bytes, not {num_bytes}")
-        return Region(mmap.mmap(file, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
-    finally:
-        os.close(file)
-
-
-def open_bell(name: str) -> Bell:
-    """A bell that a peer of this host has made. Raises TransportUnavailable if this process cannot see it."""
-    with _in_words():
-        return Bell.named(_path(name))
-
-
-def _path(name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise TransportUnavailable("the offered name is not one of shared memory")
-    return DIRECTORY / name
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[None]:
+def handing_over(files: Sequence[int]) -> Iterator[str]:
+    """Gives open files to the one process that connects to a socket in /dev/shm while the block runs; yields the
+    socket's name, which cannot be guessed. Raises TransportUnavailable if it cannot be made."""
+    path = DIRECTORY / f"afd-{uuid.uuid4().hex}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(path))
+            path.chmod(0o600)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise TransportUnavailable(f"no socket can be made in {DIRECTORY} ({error.strerror})") from None
+        listener.listen(1)
+        giver = threading.Thread(target=_give, args=(listener, files), daemon=True)
+        giver.start()
+        try:
+            yield path.name
+        finally:
+            path.unlink(missing_ok=True)
+            listener.shutdown(socket.SHUT_RDWR)  # accept returns
+            giver.join()
+
+
+def _give(listener: socket.socket, files: Sequence[int]) -> None:
+    with contextlib.suppress(OSError):  # nobody came
+        peer, _ = listener.accept()
+        with peer:
+            socket.send_fds(peer, [b"!"], files)
+
+
+def take_over(name: str, num_files: int) -> list[int]:
+    """The open files that a peer of this host gives away. Raises TransportUnavailable if this process cannot reach
+    it."""
+    if not _NAME.fullmatch(name):
+        raise TransportUnavailable("the offered name is not one of shared memory")
     try:
-        yield
+        with socket.socket(socket.AF_UNIX) as giver:
+            giver.settimeout(HANDSHAKE_TIMEOUT_S)
+            giver.connect(str(DIRECTORY / name))
+            _, files, _, _ = socket.recv_fds(giver, 1, num_files, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise TransportUnavailable(
-            f"the FFN cannot open the attention side's memory in {DIRECTORY} ({error.strerror}): "
+            f"the FFN cannot open the attention side's socket in {DIRECTORY} ({error.strerror or error}): "
             "another host, another user, or a container with a /dev/shm of its own"
         ) from None
+    if len(files) != num_files:
+        for file in files:
+            os.close(file)
+        raise TransportUnavailable(f"{len(files)} files were handed over, not {num_files}")
+    return files
+
+
+def open_region(file: int, num_bytes: int, writable: bool) -> Region:
+    """A region that a peer has made. Raises TransportUnavailable if it is not of this size, or might become smaller."""
+    try:
+        actual, seals = os.fstat(file).st_size, fcntl.fcntl(file, fcntl.F_GET_SEALS)
+    except OSError:
+        raise TransportUnavailable("what was handed over is no shared memory") from None
+    if actual != num_bytes or not seals & fcntl.F_SEAL_SHRINK:
+        raise TransportUnavailable(f"the offered memory has {actual} bytes, not {num_bytes} for good")
+    return Region(mmap.mmap(file, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
 
 
 def sweep() -> None:
@@ -117,49 +143,59 @@ def sweep() -> None:
             continue  # another one was faster, or it is somebody else's
 
 
+class Posts:
+    """A word for each slot of one pair: the id of the frame that the FFN is to compute, 0 for none."""
+
+    def __init__(self, region: Region) -> None:
+        self.words = region.words
+
+    @staticmethod
+    def num_bytes(shape: SlotShape) -> int:
+        return aligned(shape.num_slots * 8, mmap.PAGESIZE)
+
+
 class ShmTransport:
     """The attention side of a pair."""
 
     name = "shm"
 
-    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots, spin_s: float) -> None:
+    def __init__(self, address: str, hello: pb.Hello, frames: FrameSlots) -> None:
         """Raises TransportUnavailable if the two do not share memory."""
         if not isinstance(frames.region, SharedRegion):
             raise TransportUnavailable("this attention replica has no shared memory for its frames")
         shape = frames.shape
-        answers = SharedRegion(shape.num_slots * shape.answer_stride)
-        frame_bell, answer_bell = _new_name(), _new_name()
-        try:
-            self._frame_bell = _make_bell(frame_bell)
-            hello.shm.CopyFrom(
-                pb.ShmOffer(
-                    frames_name=frames.region.name,
-                    answers_name=answers.name,
-                    frame_bell_name=frame_bell,
-                    answer_bell_name=answer_bell,
-                )
-            )
-            self.control = ControlStream(address, hello, spin_s, [_make_bell(answer_bell)])
-        finally:
-            for name in (answers.name, frame_bell, answer_bell):
-                (DIRECTORY / name).unlink(missing_ok=True)
+        posts, answers = SharedRegion(Posts.num_bytes(shape)), SharedRegion(shape.num_slots * shape.answer_stride)
+        self._posts = Posts(posts)
+        self._frame_bell, answer_bell = Bell.private(), Bell.private()
+        memory = [region.file.number for region in (frames.region, posts, answers)]
+        with handing_over([*memory, *self._frame_bell.files, *answer_bell.files]) as name:
+            hello.shm.CopyFrom(pb.ShmOffer(socket_name=name))
+            self.control = ControlStream(address, hello)
         self.answers = AnswerSlots(answers, shape)
         self.regions = (answers,)
+        self.bells = (self.control.bell, answer_bell)
 
     def send(self, frame: Frame) -> None:
         """The frame is where the FFN looks already."""
+        self.control.expect(frame.frame_id)
+        self._posts.words[frame.slot] = frame.frame_id
         self._frame_bell.ring()
 
-    def receive(self, frame: Frame, timeout_s: float) -> FrameOutput:
-        posted, slot, frame_id = self.answers.posted, frame.slot, frame.frame_id
-        self.control.wait(lambda: posted(slot) == frame_id, frame_id, timeout_s)
+    def answer(self, frame: Frame) -> FrameOutput | None:
+        if self.answers.posted(frame.slot) != frame.frame_id:
+            self.control.check(frame.frame_id)
+            return None
+        self.control.forget(frame.frame_id)
         try:
-            return self.answers.read(slot, frame.num_tokens)
+            return self.answers.read(frame.slot, frame.num_tokens)
         except InternalError as error:
             raise InternalError(f"the FFN at {self.control.address}: {error}") from None
 
     def drop(self, frame: Frame) -> None:
-        """The frame was withdrawn from its slot; what is still written for it has an id that nobody awaits."""
+        """What is still written for it has an id that nobody awaits."""
+        self.control.forget(frame.frame_id)
+        if self._posts.words[frame.slot] == frame.frame_id:
+            self._posts.words[frame.slot] = 0
 
     def close(self) -> None:
         self.control.close()
@@ -174,32 +210,38 @@ class ShmEndpoint:
         """Raises TransportUnavailable if the two do not share memory."""
         self.post = post
         self.rules = rules
-        frames = open_region(hello.shm.frames_name, shape.num_slots * shape.frame_stride, writable=False)
-        answers = open_region(hello.shm.answers_name, shape.num_slots * shape.answer_stride, writable=True)
-        self.bell = open_bell(hello.shm.frame_bell_name)
-        self.frames = FrameSlots(frames, shape)
-        self.answers = AnswerSlots(answers, shape)
-        self.regions = (frames, answers)
-        self._answer_bell = open_bell(hello.shm.answer_bell_name)
-        self._seen = [self.frames.posted(slot) for slot in range(shape.num_slots)]
+        files = [_Descriptor(number) for number in take_over(hello.shm.socket_name, _NUM_FILES)]
+        frames, posts, answers, *bells = (file.number for file in files)
+        self.frames = FrameSlots(open_region(frames, shape.num_slots * shape.frame_stride, writable=False), shape)
+        self._posts = Posts(open_region(posts, Posts.num_bytes(shape), writable=False))
+        self.answers = AnswerSlots(open_region(answers, shape.num_slots * shape.answer_stride, writable=True), shape)
+        self.regions = (self.frames.region, self.answers.region)
+        self.bell, self._answer_bell = Bell.given(*bells[:2]), Bell.given(*bells[2:])
+        self._seen = list(self._posts.words[: shape.num_slots])
 
     def poll(self) -> list[Frame]:
         arrived = []
         for slot, seen in enumerate(self._seen):
-            frame_id = self.frames.posted(slot)
+            frame_id = self._posts.words[slot]
             if frame_id not in (seen, 0):
                 self._seen[slot] = frame_id
                 try:
-                    arrived.append(self.frames.read(slot, self.rules))
-                except InvalidRequest as error:
+                    arrived.append(self._read(slot, frame_id))
+                except AfdError as error:
                     self.refuse(frame_id, error)
         return arrived
 
+    def _read(self, slot: int, frame_id: int) -> Frame:
+        frame = self.frames.read(slot, self.rules)
+        if frame.frame_id != frame_id:
+            raise StaleEpoch("another frame lies in its slot by now")
+        return frame
+
     def drop(self, frame_id: int) -> None:
-        """The frame was withdrawn from its slot."""
+        """Its post was taken down."""
 
     def awaits(self, frame: Frame) -> bool:
-        return self.frames.posted(frame.slot) == frame.frame_id
+        return self._posts.words[frame.slot] == frame.frame_id
 
     def buffer(self, frame: Frame) -> Tensor:
         return self.answers.buffer(frame.slot, frame.num_tokens)
@@ -210,7 +252,7 @@ class ShmEndpoint:
         self._answer_bell.ring()
 
     def refuse(self, frame_id: int, error: AfdError) -> None:
-        self.post(pb.ConnectResponse(frame_error=pb.FrameError(frame_id=frame_id, message=str(error))))
+        self.post(refusal(frame_id, error))
 
     def close(self) -> None:
         """The memory goes with the last look at it."""

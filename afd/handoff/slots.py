@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -28,14 +29,15 @@ from afd.model.moe import Routing
 
 _PAGE = 4096
 _ALIGNMENT = 64
-_FRAME = struct.Struct("<QQiII55s")  # frame_id, number of bytes, layer_idx, number of tokens, flags, traceparent
+# frame_id, number of bytes, layer_idx, number of tokens, flags, epoch, traceparent
+_FRAME = struct.Struct("<QQiIII55s")
 _ANSWER = struct.Struct("<QQIIQQ")  # frame_id, number of bytes, number of tokens, of the batch's, queue_ns, compute_ns
 _HEADER_BYTES = 128
 _HAS_ROUTING, _IS_PROBE = 1, 2
 _PIN_FOR_ALL_DEVICES, _PIN_TO_READ = 1, 8  # cudaHostRegisterPortable and cudaHostRegisterReadOnly
 
 
-def _aligned(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
+def aligned(num_bytes: int, alignment: int = _ALIGNMENT) -> int:
     return -(-num_bytes // alignment) * alignment
 
 
@@ -53,11 +55,11 @@ class SlotShape:
 
     @cached_property
     def frame_stride(self) -> int:
-        return _aligned(self.frame_bytes(self.max_tokens), _PAGE)
+        return aligned(self.frame_bytes(self.max_tokens), _PAGE)
 
     @cached_property
     def answer_stride(self) -> int:
-        return _aligned(self.answer_bytes(self.max_tokens), _PAGE)
+        return aligned(self.answer_bytes(self.max_tokens), _PAGE)
 
     def frame_bytes(self, num_tokens: int) -> int:
         return self.part_offsets(num_tokens)[-1]
@@ -70,7 +72,7 @@ class SlotShape:
         ids = _HEADER_BYTES
         weights = ids + num_tokens * self.top_k * 4
         scales = weights + num_tokens * self.top_k * 4
-        ffn_input = _aligned(scales + (num_tokens * 4 if self.frame_dtype is FP8 else 0))
+        ffn_input = aligned(scales + (num_tokens * 4 if self.frame_dtype is FP8 else 0))
         return ids, weights, scales, ffn_input, ffn_input + num_tokens * self.hidden_size * self.frame_dtype.itemsize
 
 
@@ -136,6 +138,7 @@ class FrameSlots:
     def __init__(self, region: Region, shape: SlotShape) -> None:
         self.region = region
         self.shape = shape
+        self.probing = threading.Lock()  # of the last slot
         self._parts: dict[tuple[int, int], FrameParts] = {}  # by slot and number of tokens
 
     def buffer(self, slot: int, num_tokens: int) -> tuple[Tensor, Routing] | None:
@@ -144,28 +147,20 @@ class FrameSlots:
         return None if self.shape.frame_dtype is FP8 else (parts.ffn_input, parts.routing)
 
     def write(self, frame: Frame) -> None:
-        """Fills the frame's slot, and posts it: from then on whoever looks may read it."""
+        """Fills the frame's slot; its id comes last."""
         start, num_tokens = frame.slot * self.shape.frame_stride, frame.num_tokens
         parts = self.parts(frame.slot, num_tokens)
         self._fill(parts, frame)
         flags = (_HAS_ROUTING if frame.routing else 0) | (_IS_PROBE if frame.is_probe else 0)
-        numbers = (parts.num_bytes, frame.layer_idx, num_tokens, flags)
+        numbers = (parts.num_bytes, frame.layer_idx, num_tokens, flags, frame.epoch)
         _FRAME.pack_into(self.region.memory, start, 0, *numbers, frame.traceparent.encode())
         self.region.words[start // 8] = frame.frame_id
 
-    def posted(self, slot: int) -> int:
-        """The id of the frame in a slot; 0: none."""
-        return self.region.words[slot * self.shape.frame_stride // 8]
-
-    def withdraw(self, slot: int) -> None:
-        """Nobody awaits the answer any more."""
-        self.region.words[slot * self.shape.frame_stride // 8] = 0
-
     def read(self, slot: int, rules: FrameRules) -> Frame:
-        """The frame posted in a slot; nothing is copied. Raises InvalidRequest if it cannot be; which experts it names
+        """The frame in a slot; nothing is copied. Raises InvalidRequest if it cannot be; which experts it names
         is checked where they are used."""
         header = _FRAME.unpack_from(self.region.memory, slot * self.shape.frame_stride)
-        frame_id, num_bytes, layer_idx, num_tokens, flags, traceparent = header
+        frame_id, num_bytes, layer_idx, num_tokens, flags, epoch, traceparent = header
         has_routing, is_probe = bool(flags & _HAS_ROUTING), bool(flags & _IS_PROBE)
         if not is_probe:
             rules.check(layer_idx, num_tokens, has_routing)
@@ -184,6 +179,7 @@ class FrameSlots:
             routing=parts.routing if has_routing else None,
             traceparent=traceparent.rstrip(b"\0").decode("ascii", "replace"),
             is_probe=is_probe,
+            epoch=epoch,
         )
 
     def parts(self, slot: int, num_tokens: int) -> FrameParts:

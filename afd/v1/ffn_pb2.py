@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from afd.v1 import tensor_pb2 as afd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10\x61\x66\x64/v1/ffn.proto\x12\x06\x61\x66\x64.v1\x1a\x13\x61\x66\x64/v1/tensor.proto\"\x84\x01\n\x0e\x43onnectRequest\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\r.afd.v1.HelloH\x00\x12\x1e\n\x05\x66rame\x18\x02 \x01(\x0b\x32\r.afd.v1.FrameH\x00\x12\'\n\ndrop_frame\x18\x03 \x01(\x0b\x32\x11.afd.v1.DropFrameH\x00\x42\t\n\x07message\"\x92\x01\n\x0f\x43onnectResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x0f.afd.v1.WelcomeH\x00\x12%\n\x06output\x18\x02 \x01(\x0b\x32\x13.afd.v1.FrameOutputH\x00\x12)\n\x0b\x66rame_error\x18\x03 \x01(\x0b\x32\x12.afd.v1.FrameErrorH\x00\x42\t\n\x07message\"\xcd\x01\n\x08Topology\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x1c\n\x05\x64type\x18\x07 \x01(\x0e\x32\r.afd.v1.Dtype\x12\r\n\x05shard\x18\x08 \x01(\r\x12\x12\n\nnum_shards\x18\t \x01(\r\"\x80\x02\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\"\n\x0b\x66rame_dtype\x18\x03 \x01(\x0e\x32\r.afd.v1.Dtype\x12#\n\x0coutput_dtype\x18\x04 \x01(\x0e\x32\r.afd.v1.Dtype\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x1f\n\x03shm\x18\x07 \x01(\x0b\x32\x10.afd.v1.ShmOfferH\x00\x12!\n\x04nixl\x18\x08 \x01(\x0b\x32\x11.afd.v1.NixlOfferH\x00\x42\x0b\n\ttransport\"h\n\x08ShmOffer\x12\x13\n\x0b\x66rames_name\x18\x01 \x01(\t\x12\x14\n\x0c\x61nswers_name\x18\x02 \x01(\t\x12\x17\n\x0f\x66rame_bell_name\x18\x03 \x01(\t\x12\x18\n\x10\x61nswer_bell_name\x18\x04 \x01(\t\"R\n\tNixlOffer\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x8e\x01\n\x07Welcome\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\x18\n\x10max_frame_tokens\x18\x03 \x01(\r\x12\x10\n\x08\x64\x65\x63lined\x18\x04 \x01(\t\x12\x1f\n\x04nixl\x18\x05 \x01(\x0b\x32\x11.afd.v1.NixlOffer\"\xdb\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x11\n\tlayer_idx\x18\x02 \x01(\r\x12!\n\tffn_input\x18\x03 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12 \n\x08topk_ids\x18\x04 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12$\n\x0ctopk_weights\x18\x05 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x1e\n\x06scales\x18\x07 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\r\n\x05probe\x18\x08 \x01(\x08\"\x1d\n\tDropFrame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\"\x83\x01\n\x0b\x46rameOutput\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\"\n\nffn_output\x18\x02 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x18\n\x10num_batch_tokens\x18\x05 \x01(\r\"/\n\nFrameError\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x14\n\x12GetTopologyRequest\"g\n\x13GetTopologyResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\x18\n\x10max_frame_tokens\x18\x03 \x01(\r\"\x13\n\x11GetFfnLoadRequest\"\xbe\x01\n\x12GetFfnLoadResponse\x12\x13\n\x0bnum_streams\x18\x01 \x01(\r\x12\x19\n\x11num_frames_queued\x18\x02 \x01(\r\x12\x12\n\nnum_frames\x18\x03 \x01(\x04\x12\x13\n\x0bnum_batches\x18\x04 \x01(\x04\x12\x1a\n\x12num_frames_dropped\x18\x05 \x01(\x04\x12\x1a\n\x12num_frames_refused\x18\x06 \x01(\x04\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\x32\xd9\x01\n\nFfnService\x12>\n\x07\x43onnect\x12\x16.afd.v1.ConnectRequest\x1a\x17.afd.v1.ConnectResponse(\x01\x30\x01\x12\x46\n\x0bGetTopology\x12\x1a.afd.v1.GetTopologyRequest\x1a\x1b.afd.v1.GetTopologyResponse\x12\x43\n\nGetFfnLoad\x12\x19.afd.v1.GetFfnLoadRequest\x1a\x1a.afd.v1.GetFfnLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10\x61\x66\x64/v1/ffn.proto\x12\x06\x61\x66\x64.v1\x1a\x13\x61\x66\x64/v1/tensor.proto\"\x84\x01\n\x0e\x43onnectRequest\x12\x1e\n\x05hello\x18\x01 \x01(\x0b\x32\r.afd.v1.HelloH\x00\x12\x1e\n\x05\x66rame\x18\x02 \x01(\x0b\x32\r.afd.v1.FrameH\x00\x12\'\n\ndrop_frame\x18\x03 \x01(\x0b\x32\x11.afd.v1.DropFrameH\x00\x42\t\n\x07message\"\x92\x01\n\x0f\x43onnectResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x0f.afd.v1.WelcomeH\x00\x12%\n\x06output\x18\x02 \x01(\x0b\x32\x13.afd.v1.FrameOutputH\x00\x12)\n\x0b\x66rame_error\x18\x03 \x01(\x0b\x32\x12.afd.v1.FrameErrorH\x00\x42\t\n\x07message\"\xcd\x01\n\x08Topology\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bnum_experts\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x1c\n\x05\x64type\x18\x07 \x01(\x0e\x32\r.afd.v1.Dtype\x12\r\n\x05shard\x18\x08 \x01(\r\x12\x12\n\nnum_shards\x18\t \x01(\r\"\x80\x02\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\"\n\x0b\x66rame_dtype\x18\x03 \x01(\x0e\x32\r.afd.v1.Dtype\x12#\n\x0coutput_dtype\x18\x04 \x01(\x0e\x32\r.afd.v1.Dtype\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x1f\n\x03shm\x18\x07 \x01(\x0b\x32\x10.afd.v1.ShmOfferH\x00\x12!\n\x04nixl\x18\x08 \x01(\x0b\x32\x11.afd.v1.NixlOfferH\x00\x42\x0b\n\ttransport\"%\n\x08ShmOffer\x12\x13\n\x0bsocket_name\x18\x05 \x01(\tJ\x04\x08\x01\x10\x05\"R\n\tNixlOffer\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x8e\x01\n\x07Welcome\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\x18\n\x10max_frame_tokens\x18\x03 \x01(\r\x12\x10\n\x08\x64\x65\x63lined\x18\x04 \x01(\t\x12\x1f\n\x04nixl\x18\x05 \x01(\x0b\x32\x11.afd.v1.NixlOffer\"\xea\x01\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x11\n\tlayer_idx\x18\x02 \x01(\r\x12!\n\tffn_input\x18\x03 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12 \n\x08topk_ids\x18\x04 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12$\n\x0ctopk_weights\x18\x05 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x1e\n\x06scales\x18\x07 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\r\n\x05probe\x18\x08 \x01(\x08\x12\r\n\x05\x65poch\x18\t \x01(\r\"\x1d\n\tDropFrame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\"\x83\x01\n\x0b\x46rameOutput\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\"\n\nffn_output\x18\x02 \x01(\x0b\x32\x0e.afd.v1.Tensor\x12\x10\n\x08queue_ns\x18\x03 \x01(\x04\x12\x12\n\ncompute_ns\x18\x04 \x01(\x04\x12\x18\n\x10num_batch_tokens\x18\x05 \x01(\r\">\n\nFrameError\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05stale\x18\x03 \x01(\x08\"\x14\n\x12GetTopologyRequest\"g\n\x13GetTopologyResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x08topology\x18\x02 \x01(\x0b\x32\x10.afd.v1.Topology\x12\x18\n\x10max_frame_tokens\x18\x03 \x01(\r\"\x13\n\x11GetFfnLoadRequest\"\xbe\x01\n\x12GetFfnLoadResponse\x12\x13\n\x0bnum_streams\x18\x01 \x01(\r\x12\x19\n\x11num_frames_queued\x18\x02 \x01(\r\x12\x12\n\nnum_frames\x18\x03 \x01(\x04\x12\x13\n\x0bnum_batches\x18\x04 \x01(\x04\x12\x1a\n\x12num_frames_dropped\x18\x05 \x01(\x04\x12\x1a\n\x12num_frames_refused\x18\x06 \x01(\x04\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\x32\xd9\x01\n\nFfnService\x12>\n\x07\x43onnect\x12\x16.afd.v1.ConnectRequest\x1a\x17.afd.v1.ConnectResponse(\x01\x30\x01\x12\x46\n\x0bGetTopology\x12\x1a.afd.v1.GetTopologyRequest\x1a\x1b.afd.v1.GetTopologyResponse\x12\x43\n\nGetFfnLoad\x12\x19.afd.v1.GetFfnLoadRequest\x1a\x1a.afd.v1.GetFfnLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,27 +41,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=542
   _globals['_HELLO']._serialized_end=798
   _globals['_SHMOFFER']._serialized_start=800
-  _globals['_SHMOFFER']._serialized_end=904
-  _globals['_NIXLOFFER']._serialized_start=906
-  _globals['_NIXLOFFER']._serialized_end=988
-  _globals['_WELCOME']._serialized_start=991
-  _globals['_WELCOME']._serialized_end=1133
-  _globals['_FRAME']._serialized_start=1136
-  _globals['_FRAME']._serialized_end=1355
-  _globals['_DROPFRAME']._serialized_start=1357
-  _globals['_DROPFRAME']._serialized_end=1386
-  _globals['_FRAMEOUTPUT']._serialized_start=1389
-  _globals['_FRAMEOUTPUT']._serialized_end=1520
-  _globals['_FRAMEERROR']._serialized_start=1522
-  _globals['_FRAMEERROR']._serialized_end=1569
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1571
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1591
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1593
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1696
-  _globals['_GETFFNLOADREQUEST']._serialized_start=1698
-  _globals['_GETFFNLOADREQUEST']._serialized_end=1717
-  _globals['_GETFFNLOADRESPONSE']._serialized_start=1720
-  _globals['_GETFFNLOADRESPONSE']._serialized_end=1910
-  _globals['_FFNSERVICE']._serialized_start=1913
-  _globals['_FFNSERVICE']._serialized_end=2130
+  _globals['_SHMOFFER']._serialized_end=837
+  _globals['_NIXLOFFER']._serialized_start=839
+  _globals['_NIXLOFFER']._serialized_end=921
+  _globals['_WELCOME']._serialized_start=924
+  _globals['_WELCOME']._serialized_end=1066
+  _globals['_FRAME']._serialized_start=1069
+  _globals['_FRAME']._serialized_end=1303
+  _globals['_DROPFRAME']._serialized_start=1305
+  _globals['_DROPFRAME']._serialized_end=1334
+  _globals['_FRAMEOUTPUT']._serialized_start=1337
+  _globals['_FRAMEOUTPUT']._serialized_end=1468
+  _globals['_FRAMEERROR']._serialized_start=1470
+  _globals['_FRAMEERROR']._serialized_end=1532
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1534
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1554
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1556
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1659
+  _globals['_GETFFNLOADREQUEST']._serialized_start=1661
+  _globals['_GETFFNLOADREQUEST']._serialized_end=1680
+  _globals['_GETFFNLOADRESPONSE']._serialized_start=1683
+  _globals['_GETFFNLOADRESPONSE']._serialized_end=1873
+  _globals['_FFNSERVICE']._serialized_start=1876
+  _globals['_FFNSERVICE']._serialized_end=2093
 # @@protoc_insertion_point(module_scope)

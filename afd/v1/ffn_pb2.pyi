@@ -69,16 +69,10 @@ class Hello(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., frame_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., output_dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., num_slots: _Optional[int] = ..., max_tokens: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
-    __slots__ = ("frames_name", "answers_name", "frame_bell_name", "answer_bell_name")
-    FRAMES_NAME_FIELD_NUMBER: _ClassVar[int]
-    ANSWERS_NAME_FIELD_NUMBER: _ClassVar[int]
-    FRAME_BELL_NAME_FIELD_NUMBER: _ClassVar[int]
-    ANSWER_BELL_NAME_FIELD_NUMBER: _ClassVar[int]
-    frames_name: str
-    answers_name: str
-    frame_bell_name: str
-    answer_bell_name: str
-    def __init__(self, frames_name: _Optional[str] = ..., answers_name: _Optional[str] = ..., frame_bell_name: _Optional[str] = ..., answer_bell_name: _Optional[str] = ...) -> None: ...
+    __slots__ = ("socket_name",)
+    SOCKET_NAME_FIELD_NUMBER: _ClassVar[int]
+    socket_name: str
+    def __init__(self, socket_name: _Optional[str] = ...) -> None: ...
 
 class NixlOffer(_message.Message):
     __slots__ = ("version", "metadata", "address", "num_bytes")
@@ -107,7 +101,7 @@ class Welcome(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., declined: _Optional[str] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe")
+    __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe", "epoch")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
     FFN_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +110,7 @@ class Frame(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     layer_idx: int
     ffn_input: _tensor_pb2.Tensor
@@ -124,7 +119,8 @@ class Frame(_message.Message):
     traceparent: str
     scales: _tensor_pb2.Tensor
     probe: bool
-    def __init__(self, frame_id: _Optional[int] = ..., layer_idx: _Optional[int] = ..., ffn_input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., traceparent: _Optional[str] = ..., scales: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., probe: bool = ...) -> None: ...
+    epoch: int
+    def __init__(self, frame_id: _Optional[int] = ..., layer_idx: _Optional[int] = ..., ffn_input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., traceparent: _Optional[str] = ..., scales: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., probe: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class DropFrame(_message.Message):
     __slots__ = ("frame_id",)
@@ -147,12 +143,14 @@ class FrameOutput(_message.Message):
     def __init__(self, frame_id: _Optional[int] = ..., ffn_output: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., num_batch_tokens: _Optional[int] = ...) -> None: ...
 
 class FrameError(_message.Message):
-    __slots__ = ("frame_id", "message")
+    __slots__ = ("frame_id", "message", "stale")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     message: str
-    def __init__(self, frame_id: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    stale: bool
+    def __init__(self, frame_id: _Optional[int] = ..., message: _Optional[str] = ..., stale: bool = ...) -> None: ...
 
 class GetTopologyRequest(_message.Message):
     __slots__ = ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 
 import grpc.aio
 import prometheus_client
@@ -18,6 +20,7 @@ from afd.handoff.local import LocalFFN
 from afd.handoff.shm import sweep
 from afd.model.checkpoint import Checkpoint
 from afd.model.kv_cache import KVCache
+from afd.model.stack import AttentionStack
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
@@ -63,83 +66,92 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
         tracer = StepTracer()
-        connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)
 
         def deliver(deliveries: list[Delivery]) -> None:
             loop.call_soon_threadsafe(journal.put, deliveries)
 
-        engine = Engine(
-            decoder=await _decoder(settings, checkpoint, num_blocks, connector, compute, dtype, device),
-            scheduler=Scheduler(
-                BlockManager(num_blocks, settings.block_size),
-                settings.max_sequences,
-                settings.prefill_chunk_tokens,
-                ChunkCost.of(checkpoint.config, settings.ffn_shards),
-            ),
-            builder=MicrobatchBuilder(
-                settings.block_size,
-                checkpoint.config.head_dim,
-                checkpoint.config.rope_theta,
-                dtype,
-                device,
-            ),
-            pipeline=Pipeline(settings.microbatch_counts),
-            tracer=tracer,
-            deliver=deliver,
-            reconnect=connector.connect,
-            recovery_s=settings.ffn_recovery_s,
-        )
-        await compute.run(engine.warm_up)
-        renice_thread(settings.network_nice)
-        engine.start(compute)
-        try:
-            async with background(journal.run()):
-                await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
-        finally:
-            await asyncio.to_thread(engine.stop)
+        stack, cache = await compute.run(_load, settings, checkpoint, num_blocks, dtype, device)
+        async with (
+            _local_ffn(settings, checkpoint, compute, dtype, device)
+            if settings.ffn_shards == 0
+            else _remote_ffn(FfnConnector(settings, checkpoint, registry, dtype, device, lambda: tracer.traceparent))
+        ) as ffn:
+            engine = Engine(
+                decoder=Decoder(stack, cache, ffn),
+                scheduler=Scheduler(
+                    BlockManager(num_blocks, settings.block_size),
+                    settings.max_sequences,
+                    settings.prefill_chunk_tokens,
+                    ChunkCost.of(checkpoint.config, settings.ffn_shards),
+                ),
+                builder=MicrobatchBuilder(
+                    settings.block_size,
+                    checkpoint.config.head_dim,
+                    checkpoint.config.rope_theta,
+                    dtype,
+                    device,
+                ),
+                pipeline=Pipeline(settings.microbatch_counts),
+                tracer=tracer,
+                deliver=deliver,
+                recovery_s=settings.ffn_recovery_s,
+            )
+            await compute.run(engine.warm_up)
+            renice_thread(settings.network_nice)
+            engine.start(compute)
+            try:
+                async with background(journal.run()):
+                    await _serve_engine(settings, checkpoint, engine, max_context_tokens, registry, stop)
+            finally:
+                await asyncio.to_thread(engine.stop)
 
 
-async def _decoder(
+def _load(
+    settings: AttentionSettings, checkpoint: Checkpoint, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> tuple[AttentionStack, KVCache]:
+    """This side's weights and the KV cache."""
+    config, progress = checkpoint.config, loading_progress("attention")
+    stack = load_attention(checkpoint, dtype, device, progress, settings.kernels, settings.cpus)
+    num_slots = num_blocks * settings.block_size
+    return stack, KVCache.allocate(config.num_layers, num_slots, config.head_dim, dtype, device)
+
+
+@contextlib.asynccontextmanager
+async def _local_ffn(
     settings: AttentionSettings,
     checkpoint: Checkpoint,
-    num_blocks: int,
-    connector: FfnConnector,
     compute: ComputeThread,
     dtype: torch.dtype,
     device: torch.device,
-) -> Decoder:
-    """Loads this side's weights and connects to the FFN, or loads it too."""
-    config = checkpoint.config
-    sweep()
-    stack = await compute.run(
-        load_attention, checkpoint, dtype, device, loading_progress("attention"), settings.kernels, settings.cpus
+) -> AsyncIterator[FFN]:
+    progress = loading_progress("FFN")
+    shard = await compute.run(
+        load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels, settings.cpus
     )
-    num_slots = num_blocks * settings.block_size
-    cache = await compute.run(KVCache.allocate, config.num_layers, num_slots, config.head_dim, dtype, device)
-    ffn: FFN
-    if settings.ffn_shards:
-        log.info("waiting for the FFN's shards (AFD_FFN_SHARDS=%d)", settings.ffn_shards)
-        ffn = await connector.connect_within(settings.startup_timeout_s, compute)
-    else:
-        progress = loading_progress("FFN")
-        shard = await compute.run(
-            load_ffn_shard, checkpoint, 0, 1, dtype, device, progress, settings.kernels, settings.cpus
-        )
-        ffn = LocalFFN(shard)
-    return Decoder(stack, cache, ffn)
+    yield LocalFFN(shard)
+
+
+@contextlib.asynccontextmanager
+async def _remote_ffn(connector: FfnConnector) -> AsyncIterator[FFN]:
+    """Kept up while the block runs."""
+    sweep()
+    settings = connector.settings
+    log.info("waiting for the FFN's shards (AFD_FFN_SHARDS=%d)", settings.ffn_shards)
+    async with connector.following():
+        await connector.wait_until_whole(settings.startup_timeout_s)
+        yield connector.ffn
 
 
 async def _serve_engine(
     settings: AttentionSettings,
     checkpoint: Checkpoint,
     engine: Engine,
-    connector: FfnConnector,
     max_context_tokens: int,
     registry: Registry,
     stop: StopSignal,
 ) -> None:
     """Serves and holds a lease until it shall stop; then serves what is open."""
-    prometheus_client.REGISTRY.register(AttentionCollector(engine, connector))
+    prometheus_client.REGISTRY.register(AttentionCollector(engine))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
 

@@ -19,7 +19,6 @@ import torch
 
 from afd.compute import ComputeThread
 from afd.errors import AfdError, InternalError, PeerUnavailable
-from afd.handoff.frame import FFN
 from afd.model.sampler import sample
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
@@ -35,7 +34,7 @@ from services.attention.timeline import StepCounters, Timeline
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 1.0
-_RECONNECT_PAUSE_S = 0.1
+_RECOVERY_POLL_S = 0.01
 _END = object()
 _NOT_FINITE = "the logits are not finite: the weights are damaged, or the arithmetic overflowed"
 
@@ -67,7 +66,7 @@ class _UnderWay:
 
 class Engine:
     """`deliver` is called with all that came of a microbatch when the next one is prepared, so that the network's
-    thread works while this one waits for arithmetic. `reconnect` makes the FFN anew after a loss."""
+    thread works while this one waits for arithmetic."""
 
     def __init__(
         self,
@@ -77,7 +76,6 @@ class Engine:
         pipeline: Pipeline,
         tracer: StepTracer,
         deliver: Callable[[list[Delivery]], None],
-        reconnect: Callable[[], FFN],
         recovery_s: float,
     ) -> None:
         self.decoder = decoder
@@ -86,7 +84,6 @@ class Engine:
         self.pipeline = pipeline
         self.tracer = tracer
         self.deliver = deliver
-        self.reconnect = reconnect
         self.recovery_s = recovery_s
         self.timeline = Timeline()
         self.counters = StepCounters()
@@ -155,17 +152,17 @@ class Engine:
         """Acts on what the network asked for; with nothing else to do, waits for it."""
         if not self.scheduler.has_work:
             self._hand_over()
-        while not (self.scheduler.has_work and self._commands.empty()):
+        while not (self._stopping or (self.scheduler.has_work and self._commands.empty())):
             try:
-                command = self._commands.get(timeout=_IDLE_WAIT_S)
+                self._obey(self._commands.get(timeout=_IDLE_WAIT_S))
             except queue.Empty:
                 return
-            if isinstance(command, _Add):
-                self.scheduler.add(command.sequence)
-            elif isinstance(command, _Cancel):
-                self.scheduler.remove(command.sequence)
-            if self._stopping:
-                return
+
+    def _obey(self, command: _Add | _Cancel | None) -> None:
+        if isinstance(command, _Add):
+            self.scheduler.add(command.sequence)
+        elif isinstance(command, _Cancel):
+            self.scheduler.remove(command.sequence)
 
     def _take_turn(self, slot: int) -> None:
         try:
@@ -278,21 +275,16 @@ class Engine:
         return in_flight
 
     def _recover(self, error: PeerUnavailable) -> None:
-        """Connects anew, within recovery_s; what was under way is then scheduled again, as nothing of it was kept."""
+        """Waits for the FFN, up to recovery_s. What was under way is then scheduled again: nothing of it was kept."""
         log.warning("the step is put off: %s", error)
+        self._hand_over()
         deadline = time.monotonic() + self.recovery_s
-        self.decoder.ffn.close()
-        while not self._stopping:
-            try:
-                self.decoder.ffn = self.reconnect()
-            except AfdError as reason:
-                if time.monotonic() > deadline:
-                    self._fail(self._everyone, PeerUnavailable(f"the FFN is lost: {reason}"))
-                    return
-                time.sleep(_RECONNECT_PAUSE_S)
-            else:
-                log.info("the FFN is back")
-                return
+        while self.scheduler.has_work and not (self._stopping or self.decoder.ffn.is_whole):
+            if time.monotonic() > deadline:
+                self._fail(self._everyone, PeerUnavailable(f"the FFN is lost: {error}"))
+            time.sleep(_RECOVERY_POLL_S)
+            while not self._commands.empty():
+                self._obey(self._commands.get())
 
     def _fail(self, sequences: list[Sequence], error: AfdError) -> None:
         for sequence in sequences:

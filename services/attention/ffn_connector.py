@@ -1,96 +1,172 @@
-"""Finds the FFN's shards in the registry and connects to them."""
+"""Keeps a pair with every replica of the FFN that holds a lease, and the routing table made of them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import torch
 
-from afd.compute import ComputeThread
 from afd.config import AttentionSettings
 from afd.errors import AfdError, ConfigError, Mismatch, PeerUnavailable, TransportUnavailable
 from afd.handoff.fp8 import FP8
 from afd.handoff.handshake import topology
-from afd.handoff.negotiate import Rung, connect_pair
-from afd.handoff.remote import RemoteFFN, Transport
+from afd.handoff.negotiate import connect_pair
+from afd.handoff.remote import RemoteFFN
+from afd.handoff.replicas import Pair, RoutingTable
 from afd.handoff.shm import SharedRegion
 from afd.handoff.slots import FrameSlots, Region, SlotShape
 from afd.handoff.tensors import dtype_to_proto
 from afd.model.checkpoint import Checkpoint
-from afd.state.registry import Registry, Replica
+from afd.service import background
+from afd.state.registry import NO_LAYOUT, Layout, Registry, Replica
 from afd.v1 import ffn_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_LOOKUP_TIMEOUT_S = 10.0
-_PAUSE_S = 0.05
+_LOOK_S = 0.2  # how soon a lost pair is seen
+_RETRY_S = 0.5
+_RETIRE_S = 2.0
 
 
 class FfnConnector:
-    """`connect` blocks; it is called outside the event loop."""
+    """`ffn` is the engine's; what is here runs on the event loop, and comes up in threads beside it."""
 
     def __init__(
         self,
         settings: AttentionSettings,
         checkpoint: Checkpoint,
         registry: Registry,
-        loop: asyncio.AbstractEventLoop,
         dtype: torch.dtype,
         device: torch.device,
         traceparent: Callable[[], str],
     ) -> None:
+        """Raises ConfigError if the transport that is wanted cannot be had on this host."""
         self.settings = settings
-        self.num_shards = settings.ffn_shards
         self.checkpoint = checkpoint
         self.registry = registry
-        self.loop = loop
         self.dtype = dtype
         self.device = device
-        self.traceparent = traceparent
-        self.rungs: tuple[Rung, ...] = ()  # what was measured of each shard's transport when it was chosen
+        self.frames = self._frame_slots()
+        self.frames.region.pin(device)
+        spin_s = settings.handoff_spin_us / 1e6
+        self.ffn = RemoteFFN(self.frames, device, settings.ffn_timeout_s, spin_s, traceparent)
+        self._layout = NO_LAYOUT
+        self._replicas: dict[str, Replica] = {}  # by incarnation
+        self._pairs: dict[str, Pair] = {}
+        self._coming_up: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, AfdError] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
-    def connect(self) -> RemoteFFN:
-        """One replica of every shard. Raises PeerUnavailable, Mismatch for a replica that does not belong here, or
-        ConfigError if the transport that is wanted cannot be had."""
-        replicas = self._replicas()
-        frames = self._frame_slots()
-        pairs: list[tuple[Transport, Rung]] = []
-        try:
-            for shard in range(self.num_shards):
-                pairs.append(self._connect_shard(shard, replicas, frames))
-            for region in (frames.region, *(region for transport, _ in pairs for region in transport.regions)):
-                region.pin(self.device)
-        except Exception:
-            for transport, _ in pairs:
-                transport.close()
-            raise
-        finally:
-            if isinstance(frames.region, SharedRegion):
-                frames.region.unlink()
-        self.rungs = tuple(rung for _, rung in pairs)
-        transports = [transport for transport, _ in pairs]
-        return RemoteFFN(transports, frames, self.device, self.settings.ffn_timeout_s, self.traceparent)
+    @contextlib.asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Keeps up with the registry while the block runs."""
+        async with (
+            background(self._follow_layout()),
+            background(self._follow_replicas()),
+            background(self._follow_rank()),
+            background(self._keep_pairs()),
+        ):
+            yield
 
-    async def connect_within(self, timeout_s: float, compute: ComputeThread) -> RemoteFFN:
-        """The same at the start, when shards may still be loading; called on the event loop."""
+    async def wait_until_whole(self, timeout_s: float) -> None:
+        """At the start, when shards may still be loading. Raises what keeps one away that cannot be mended by waiting,
+        or PeerUnavailable when the time is over."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return await compute.run(self.connect)
-            except PeerUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise PeerUnavailable(f"{error}, after {timeout_s:g} s of waiting") from None
-            await asyncio.sleep(_PAUSE_S)
+        while not self.ffn.is_whole:
+            for error in self._failures.values():
+                if isinstance(error, Mismatch | ConfigError):
+                    raise error
+            if time.monotonic() > deadline:
+                raise PeerUnavailable(f"{self._what_is_missing()}, after {timeout_s:g} s of waiting")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
 
-    def _replicas(self) -> list[Replica]:
-        future = asyncio.run_coroutine_threadsafe(self.registry.replicas("ffn"), self.loop)
+    async def _follow_layout(self) -> None:
+        async for layout in self.registry.watch_layout(Layout(1, self.settings.ffn_shards)):
+            self._layout = layout
+            self._changed.set()
+
+    async def _follow_replicas(self) -> None:
+        async for replicas in self.registry.watch("ffn"):
+            self._replicas = {replica.incarnation: replica for replica in replicas}
+            self._changed.set()
+
+    async def _follow_rank(self) -> None:
+        async for replicas in self.registry.watch("attention"):
+            names = sorted({self.settings.replica_id, *(replica.replica_id for replica in replicas)})
+            self.ffn.rank = names.index(self.settings.replica_id)
+
+    async def _keep_pairs(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+            self._changed.clear()
+            for incarnation in self._replicas.keys() - self._pairs.keys() - self._coming_up.keys():
+                task = asyncio.create_task(self._come_up(self._replicas[incarnation]))
+                self._coming_up[incarnation] = task
+            gone = [pair for name, pair in self._pairs.items() if pair.is_lost or name not in self._replicas]
+            self._pairs = {name: pair for name, pair in self._pairs.items() if pair not in gone}
+            self._route()
+            for pair in gone:
+                self._retire(pair)
+
+    async def _come_up(self, replica: Replica) -> None:
         try:
-            return future.result(_LOOKUP_TIMEOUT_S)
-        except TimeoutError:
-            raise PeerUnavailable("the registry does not answer") from None
+            pair = await asyncio.to_thread(self._connect, replica)
+        except AfdError as error:
+            if str(error) != str(self._failures.get(replica.incarnation)):
+                log.warning("no pair with FFN replica %s: %s", replica.replica_id, error)
+            self._failures[replica.incarnation] = error
+            self._changed.set()
+            await asyncio.sleep(_RETRY_S)
+        else:
+            log.info("FFN replica %s joined over %s", replica.replica_id, pair.rung)
+            self._failures.pop(replica.incarnation, None)
+            self._pairs[replica.incarnation] = pair
+        finally:
+            del self._coming_up[replica.incarnation]
+            self._changed.set()
+
+    def _route(self) -> None:
+        """The table in force from the next frame on. A new layout begins once it is whole, or the old one is not."""
+        num_shards = self._layout.num_shards
+        mine = [pair for _, pair in sorted(self._pairs.items()) if pair.num_shards == num_shards]
+        shards = tuple(tuple(pair for pair in mine if pair.shard == shard) for shard in range(num_shards))
+        table = RoutingTable(self._layout.epoch, shards)
+        if table != self.ffn.table:
+            self.ffn.table = table
+
+    def _retire(self, pair: Pair) -> None:
+        log.info("FFN replica %s is gone", pair.replica_id)
+
+        async def retire() -> None:
+            """What is under way there may still be answered."""
+            deadline = time.monotonic() + _RETIRE_S
+            while pair.in_flight and not pair.is_lost and time.monotonic() < deadline:
+                await asyncio.sleep(_LOOK_S / 10)
+            await asyncio.to_thread(pair.transport.close)
+
+        task = asyncio.create_task(retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _connect(self, replica: Replica) -> Pair:
+        assert replica.shard is not None
+        shard, num_shards = replica.shard
+        wanted, spin_s = self.settings.handoff, self.settings.handoff_spin_us / 1e6
+        transport, rung = connect_pair(replica.address, self._hello(shard, num_shards), self.frames, wanted, spin_s)
+        try:
+            for region in transport.regions:
+                region.pin(self.device)
+        except AfdError:
+            transport.close()
+            raise
+        return Pair(replica.replica_id, shard, num_shards, transport, rung)
 
     def _frame_slots(self) -> FrameSlots:
         """Memory for the frames of all pairs; shared where this host can, unless that is not wanted."""
@@ -110,7 +186,7 @@ class FfnConnector:
         settings, config = self.settings, self.checkpoint.config
         is_fp8 = settings.handoff_dtype == "fp8"
         return SlotShape(
-            num_slots=settings.microbatch_counts[-1],
+            num_slots=settings.microbatch_counts[-1] + 1,  # the last one is for probes
             max_tokens=settings.max_sequences + settings.prefill_chunk_tokens,
             hidden_size=config.hidden_size,
             top_k=config.top_k,
@@ -119,30 +195,26 @@ class FfnConnector:
             output_dtype=torch.bfloat16 if is_fp8 else self.dtype,
         )
 
-    def _connect_shard(self, shard: int, replicas: list[Replica], frames: FrameSlots) -> tuple[Transport, Rung]:
-        candidates = [replica for replica in replicas if replica.shard == (shard, self.num_shards)]
-        failure: AfdError = PeerUnavailable(
-            f"no replica of FFN shard {shard}/{self.num_shards} is registered (there are: {_shards(replicas)})"
-        )
-        for replica in candidates:
-            try:
-                hello, spin_s = self._hello(shard, frames.shape), self.settings.handoff_spin_us / 1e6
-                return connect_pair(replica.address, hello, frames, self.settings.handoff, spin_s)
-            except (PeerUnavailable, Mismatch) as error:
-                failure = error
-        raise failure
-
-    def _hello(self, shard: int, shape: SlotShape) -> pb.Hello:
-        config, fingerprint = self.checkpoint.config, self.checkpoint.fingerprint
+    def _hello(self, shard: int, num_shards: int) -> pb.Hello:
+        config, fingerprint, shape = self.checkpoint.config, self.checkpoint.fingerprint, self.frames.shape
         return pb.Hello(
             replica_id=self.settings.replica_id,
-            topology=topology(config, fingerprint, self.dtype, shard, self.num_shards),
+            topology=topology(config, fingerprint, self.dtype, shard, num_shards),
             frame_dtype=dtype_to_proto(shape.frame_dtype),
             output_dtype=dtype_to_proto(shape.output_dtype),
             num_slots=shape.num_slots,
             max_tokens=shape.max_tokens,
         )
 
+    def _what_is_missing(self) -> str:
+        num_shards = self._layout.num_shards
+        there = {pair.shard for pair in self._pairs.values() if pair.num_shards == num_shards}
+        missing = next((shard for shard in range(num_shards) if shard not in there), 0)
+        failure = next(iter(self._failures.values()), None)
+        registered = _shards(self._replicas.values())
+        reason = f": {failure}" if failure else f" is registered (there are: {registered})"
+        return f"no replica of FFN shard {missing}/{num_shards}{reason}"
 
-def _shards(replicas: list[Replica]) -> str:
+
+def _shards(replicas: Iterable[Replica]) -> str:
     return ", ".join(f"{shard}/{num}" for shard, num in (r.shard for r in replicas if r.shard)) or "none"

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from afd.handoff.remote import RemoteFFN
 from services.attention.engine import Engine
-from services.attention.ffn_connector import FfnConnector
 from services.attention.timeline import PARTS
 
 
 class AttentionCollector(Collector):
     """Reads the engine's counters when Prometheus asks: the steps pay nothing for it."""
 
-    def __init__(self, engine: Engine, connector: FfnConnector) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.connector = connector
 
     def collect(self) -> Iterator[Metric]:
         yield from self._sequences()
@@ -48,16 +47,23 @@ class AttentionCollector(Collector):
         yield CounterMetricFamily("afd_attention_bubble_seconds", "waiting for the FFN", value=bubble_ns / 1e9)
 
     def _transports(self) -> Iterator[Metric]:
-        labels = ["shard", "transport"]
+        labels = ["replica", "shard", "transport"]
         chosen = GaugeMetricFamily("afd_handoff_transport", "1: frames move so", labels=labels)
         latency = GaugeMetricFamily("afd_handoff_probe_latency_seconds", "round trip of one token", labels=labels)
         bandwidth = GaugeMetricFamily("afd_handoff_probe_bytes_per_second", "both ways together", labels=labels)
-        for shard, rung in enumerate(self.connector.rungs):
-            values = [str(shard), rung.transport]
-            chosen.add_metric(values, 1)
-            latency.add_metric(values, rung.latency_s)
-            bandwidth.add_metric(values, rung.bytes_per_s)
-        yield from (chosen, latency, bandwidth)
+        late = GaugeMetricFamily("afd_ffn_replica_late", "1: an answer is overdue", labels=labels)
+        resent = CounterMetricFamily("afd_frames_resent", "sent to another replica", labels=["shard", "reason"])
+        ffn = self.engine.decoder.ffn
+        if isinstance(ffn, RemoteFFN):
+            for pair in ffn.table.pairs:
+                values = [pair.replica_id, str(pair.shard), pair.rung.transport]
+                chosen.add_metric(values, 1)
+                latency.add_metric(values, pair.rung.latency_s)
+                bandwidth.add_metric(values, pair.rung.bytes_per_s)
+                late.add_metric(values, pair.has_late_answer)
+            for (shard, reason), number in ffn.num_resent.items():
+                resent.add_metric([str(shard), reason], number)
+        yield from (chosen, latency, bandwidth, late, resent)
 
     def _handoffs(self) -> Iterator[Metric]:
         frames = _by_shard("afd_handoffs", "frames answered")

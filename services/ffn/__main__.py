@@ -15,9 +15,9 @@ from afd.handoff.handshake import topology
 from afd.model.checkpoint import Checkpoint
 from afd.model.weights import load_ffn_shard
 from afd.rpc import serving
-from afd.service import StopSignal, run_service
+from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.connection import connect
-from afd.state.registry import Registry, Replica
+from afd.state.registry import NO_LAYOUT, Registry, Replica
 from afd.telemetry import serve_metrics
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
@@ -49,7 +49,7 @@ async def serve(settings: FFNSettings, stop: StopSignal) -> None:
 async def _serve_batcher(
     settings: FFNSettings, checkpoint: Checkpoint, batcher: Batcher, dtype: torch.dtype, stop: StopSignal
 ) -> None:
-    """Serves and holds a lease until it shall stop."""
+    """Serves and holds a lease until it shall stop; then serves those who have not yet heard of it."""
     prometheus_client.REGISTRY.register(FfnCollector(batcher))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     welcome = pb.Welcome(
@@ -75,8 +75,15 @@ async def _serve_batcher(
             shard=settings.shard,
             metrics_address=f"{settings.advertised_host}:{metrics_port}",
         )
-        async with Registry(redis, settings.lease_s, settings.mesh).registered(lambda: replica):
+        registry = Registry(redis, settings.lease_s, settings.mesh)
+        async with background(_refuse_stale_frames(registry, batcher)), registry.registered(lambda: replica):
             await stop.wait()
+        await until_none_open(lambda: servicer.num_streams, settings.drain_timeout_s)
+
+
+async def _refuse_stale_frames(registry: Registry, batcher: Batcher) -> None:
+    async for layout in registry.watch_layout(NO_LAYOUT):
+        batcher.oldest_epoch = layout.epoch
 
 
 if __name__ == "__main__":

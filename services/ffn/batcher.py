@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from afd.compute import ComputeThread
-from afd.errors import AfdError, InternalError, InvalidRequest
+from afd.errors import AfdError, InternalError, InvalidRequest, StaleEpoch
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.frame import Frame, Timing
 from afd.handoff.slots import Region
@@ -91,6 +91,7 @@ class Batcher:
         self.max_batch_tokens = max_batch_tokens
         self.spin_s = spin_s
         self.device = device
+        self.oldest_epoch = 0  # frames for layouts before it are refused
         self.counters = BatcherCounters()
         self.endpoints: tuple[Endpoint, ...] = ()
         self._queue: list[QueuedFrame] = []
@@ -155,6 +156,8 @@ class Batcher:
                 if frame.is_probe:
                     _echo(endpoint, frame)
                     self._worked_at = time.monotonic()
+                elif frame.epoch < self.oldest_epoch:
+                    endpoint.refuse(frame.frame_id, StaleEpoch(f"the layout of epoch {frame.epoch} is over"))
                 else:
                     self._queue.append(QueuedFrame(endpoint, frame, time.perf_counter_ns()))
         if self._queue:

@@ -26,7 +26,7 @@ from services.ffn.batcher import Batcher, Endpoint
 
 log = logging.getLogger(__name__)
 
-_MOST_SLOTS = 64
+_MOST_SLOTS = 65  # a microbatch each, and one for probes
 
 
 class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
