@@ -92,7 +92,7 @@ def test_a_host_without_shared_memory_is_told_so(
 ) -> None:
     monkeypatch.setattr("afd.handoff.shm.platform.machine", lambda: "riscv64")
     assert doctor(address(mesh, "ffn-0"), "--require", "inline") == 0
-    assert "On this host: shared memory needs x86-64's order of writes; this is riscv64." in " ".join(
+    assert "On this host: shared memory needs Linux, and x86-64's order of writes; this is linux on riscv64." in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -66,8 +66,8 @@ def test_the_transport_of_every_pair_is_a_metric_with_what_its_probe_measured(me
     for shard in ("0", "1"):
         (transport,) = (name for name in LADDER if f"afd_handoff_transport/ffn-{shard}/{shard}/{name}" in values)
         assert values[f"afd_handoff_transport/ffn-{shard}/{shard}/{transport}"] == 1
-        assert 0 < values[f"afd_handoff_probe_latency_seconds/{shard}/{transport}"] < 5
-        assert values[f"afd_handoff_probe_bytes_per_second/{shard}/{transport}"] > 0
+        assert 0 < values[f"afd_handoff_probe_latency_seconds/ffn-{shard}/{shard}/{transport}"] < 5
+        assert values[f"afd_handoff_probe_bytes_per_second/ffn-{shard}/{shard}/{transport}"] > 0
         assert values[f"afd_handoffs/{shard}"] == values["afd_handoffs/0"] > 0
 
 
