@@ -162,6 +162,9 @@ class GatewaySettings(ServiceSettings):
     served_model_name: str | None = Field(None, description="the model's name in the API; default: its folder's name")
     max_body_bytes: Count = Field(8 << 20, description="largest request accepted, bytes")
     request_timeout_s: Seconds = Field(3600.0, description="longest life of a request without a deadline of its own")
+    failover_timeout_s: Seconds = Field(
+        60.0, description="longest wait of a request that has begun for an attention replica to go on with it"
+    )
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)

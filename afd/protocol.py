@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from afd.model.sampling_params import SamplingParams
+from afd.state.requests import FinishReason
 from afd.v1 import sampling_pb2 as pb
 
 _OPTIONAL = (
@@ -15,7 +16,16 @@ _OPTIONAL = (
     "seed",
     "max_tokens",
 )
+_FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")  # by their numbers in the proto
 _PLAIN = ("temperature", "min_tokens", "ignore_eos", "top_logprobs")
+
+
+def finish_reason_to_proto(reason: FinishReason | None) -> pb.FinishReason:
+    return _FINISH_REASONS.index(reason)  # type: ignore[return-value]  # an enum of protobuf is its number
+
+
+def finish_reason_from_proto(number: int) -> FinishReason | None:
+    return _FINISH_REASONS[number]
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:

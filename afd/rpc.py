@@ -16,6 +16,7 @@ from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, err
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
+ACCEPTED = "afd-accepted"  # metadata that comes before the first message: the work was taken on
 _STOP_GRACE_S = 1.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (

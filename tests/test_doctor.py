@@ -92,9 +92,8 @@ def test_a_host_without_shared_memory_is_told_so(
 ) -> None:
     monkeypatch.setattr("afd.handoff.shm.platform.machine", lambda: "riscv64")
     assert doctor(address(mesh, "ffn-0"), "--require", "inline") == 0
-    assert "On this host: shared memory needs Linux, and x86-64's order of writes; this is linux on riscv64." in " ".join(
-        capsys.readouterr().out.split()
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "On this host: shared memory needs Linux, and x86-64's order of writes; this is linux on riscv64." in said
 
 
 def test_an_ffn_that_takes_small_frames_only_is_tried_with_these(

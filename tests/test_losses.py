@@ -151,21 +151,35 @@ def test_ffn_shard_that_stays_away_ends_requests_with_a_sentence(
         model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
 
 
-def test_lost_attention_replica_ends_its_requests_and_not_the_others(
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_lost_attention_replica_is_followed_by_another_one_with_the_same_tokens(
+    make_model: Callable[[int], Model], start_mesh: StartMesh, number: signal.Signals
+) -> None:
+    model = make_model(4)
+    prompts = [PROMPT, PROMPT[::-1], [7], [9, 9]]
+
+    async def run(mesh: Mesh) -> list[list[Token]]:
+        process = service(mesh, "attention-0").process
+        assert process is not None
+        lose = {20: lambda: process.send_signal(number)}
+        return await asyncio.gather(*(generate(mesh, 150, lose if not i else {}, prompts[i]) for i in range(4)))
+
+    with start_mesh(model.path, 2, 1, lease_s=1, drain_timeout_s=0.1) as mesh:
+        for prompt, tokens in zip(prompts, asyncio.run(run(mesh)), strict=True):
+            assert [token.index for token in tokens] == list(range(150))
+            model.check_greedy(prompt, [token.id for token in tokens], [token.logprob for token in tokens])
+        kill(mesh, "attention-0")
+
+
+def test_request_waits_for_its_only_attention_replica_to_come_back(
     make_model: Callable[[int], Model], start_mesh: StartMesh
 ) -> None:
     model = make_model(4)
+    with start_mesh(model.path, 1, 1, lease_s=1) as mesh:
 
-    async def run(mesh: Mesh) -> list[Any]:
-        one = generate(mesh, 150, {20: lambda: kill(mesh, "attention-0")})
-        other = generate(mesh, 150, {}, PROMPT[::-1])
-        return await asyncio.gather(one, other, return_exceptions=True)
+        def lose() -> None:
+            kill(mesh, "attention-0")
+            mesh.watch()
 
-    with start_mesh(model.path, 2, 1, lease_s=1) as mesh:
-        results = asyncio.run(run(mesh))
-        lost = [result for result in results if isinstance(result, PeerUnavailable)]
-        assert len(lost) == 1
-        tokens = next(result for result in results if not isinstance(result, Exception))
-        prompt = PROMPT if results[1] is lost[0] else PROMPT[::-1]
-        model.check_greedy(prompt, [token.id for token in tokens], [token.logprob for token in tokens])
-        assert len(asyncio.run(generate(mesh, 5, {}))) == 5
+        tokens = asyncio.run(generate(mesh, 100, {20: lose}))
+    model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])

@@ -14,7 +14,7 @@ from afd.state.requests import SequenceKey
 from services.attention.block_manager import BlockManager
 from services.attention.chunk import Chunk
 from services.attention.scheduler import Scheduler
-from services.attention.sequence import FinishReason, Sequence, TokenEvent
+from services.attention.sequence import Sequence, TokenEvent
 
 EOS = 1
 WORD = 7
@@ -386,32 +386,32 @@ def test_a_started_block_is_a_whole_block(num_tokens: int, num_blocks: int) -> N
 
 def test_the_models_end_token_stops() -> None:
     assert append(sequence(2), WORD).finish_reason is None
-    assert append(sequence(2), EOS).finish_reason is FinishReason.STOP
+    assert append(sequence(2), EOS).finish_reason == "stop"
 
 
 def test_a_stop_token_of_the_request_stops() -> None:
-    assert append(sequence(2, stop_token_ids=(5,)), 5).finish_reason is FinishReason.STOP
-    assert append(sequence(2, stop_token_ids=(5,)), EOS).finish_reason is FinishReason.STOP
+    assert append(sequence(2, stop_token_ids=(5,)), 5).finish_reason == "stop"
+    assert append(sequence(2, stop_token_ids=(5,)), EOS).finish_reason == "stop"
 
 
 def test_ignore_eos_goes_on_but_still_heeds_the_requests_own_stop_tokens() -> None:
     target = sequence(2, ignore_eos=True, stop_token_ids=(5,))
     assert append(target, EOS).finish_reason is None
-    assert append(target, 5).finish_reason is FinishReason.STOP
+    assert append(target, 5).finish_reason == "stop"
 
 
 def test_max_tokens_are_never_exceeded() -> None:
     target = sequence(2, max_tokens=3)
-    assert [append(target, WORD).finish_reason for _ in range(3)] == [None, None, FinishReason.LENGTH]
+    assert [append(target, WORD).finish_reason for _ in range(3)] == [None, None, "length"]
 
 
 def test_the_end_of_the_context_ends_a_sequence() -> None:
     target = sequence(2, max_tokens=100, max_context=4)
-    assert [append(target, WORD).finish_reason for _ in range(2)] == [None, FinishReason.LENGTH]
+    assert [append(target, WORD).finish_reason for _ in range(2)] == [None, "length"]
 
 
 def test_an_end_token_in_the_last_place_counts_as_stop() -> None:
-    assert append(sequence(2, max_tokens=1), EOS).finish_reason is FinishReason.STOP
+    assert append(sequence(2, max_tokens=1), EOS).finish_reason == "stop"
 
 
 def test_end_tokens_are_forbidden_until_min_tokens_are_there() -> None:
@@ -426,7 +426,7 @@ def test_end_tokens_are_forbidden_until_min_tokens_are_there() -> None:
 def test_tokens_are_numbered_from_zero_also_after_a_takeover() -> None:
     taken_over = Sequence(SequenceKey("r"), 2, [WORD], [8, 9], SamplingParams(max_tokens=3), (EOS,), 100)
     event = append(taken_over, WORD)
-    assert (event.index, event.finish_reason) == (2, FinishReason.LENGTH)
+    assert (event.index, event.finish_reason) == (2, "length")
 
 
 def test_prompt_and_output_read_as_one_row_of_tokens() -> None:

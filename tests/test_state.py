@@ -201,11 +201,11 @@ def store(redis: Redis) -> RequestStore:
 
 def entries(*indices: int, key: SequenceKey = KEY, epoch: int = 1) -> list[JournalEntry]:
     """Token 100 + index at each index."""
-    return [JournalEntry(key, epoch, index, 100 + index, -0.5 * index) for index in indices]
+    return [JournalEntry(key, epoch, index, JournaledToken(100 + index, -0.5 * index)) for index in indices]
 
 
 async def token_ids(store: RequestStore, key: SequenceKey = KEY, start: int = 0) -> list[int]:
-    return [token.token_id for token in await store.journal(key, start)]
+    return [token.id for token in await store.journal(key, start)]
 
 
 async def test_a_record_reads_as_it_was_written(store: RequestStore) -> None:
@@ -227,9 +227,11 @@ async def test_an_end_after_the_record_has_expired_makes_no_new_one(store: Reque
 
 async def test_tokens_are_journaled_in_order_with_their_logprobs(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
-    assert await store.append([JournalEntry(KEY, 1, 0, 2**32 - 1, -0.25), *entries(1)]) == [None, None]
-    assert await store.append(entries(2)) == [None]
-    expected = [JournaledToken(2**32 - 1, -0.25), JournaledToken(101, -0.5), JournaledToken(102, -1.0)]
+    first = JournaledToken(2**32 - 1, -0.25, ((7, -0.5), (2**32 - 1, -0.25)))
+    last = JournaledToken(102, -1.0, finish_reason="stop")
+    assert await store.append([JournalEntry(KEY, 1, 0, first), *entries(1)]) == [None, None]
+    assert await store.append([JournalEntry(KEY, 1, 2, last)]) == [None]
+    expected = [first, JournaledToken(101, -0.5), last]
     assert await store.journal(KEY) == expected
 
 
@@ -243,7 +245,7 @@ async def test_a_stream_can_be_read_from_any_token_on(store: RequestStore) -> No
 async def test_a_token_written_twice_is_there_once_and_as_it_was_first(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.append(entries(0, 1, 2))
-    again = [replace(entry, token_id=7) for entry in entries(1, 2)]
+    again = [replace(entry, token=JournaledToken(7, 0.0)) for entry in entries(1, 2)]
     assert await store.append([*again, *entries(3)]) == [None] * 3
     assert await token_ids(store) == [100, 101, 102, 103]
 
@@ -267,9 +269,10 @@ async def test_sequences_and_choices_have_journals_of_their_own(store: RequestSt
 
 
 async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store: RequestStore) -> None:
-    await store.create(KEY, RECORD)
+    assert await store.create(KEY, RECORD) == 1
     await store.append(entries(0))
-    await store.create(KEY, replace(RECORD, owner="attention-2", epoch=2))
+    assert await store.take_over(KEY, replace(RECORD, owner="attention-2")) == [JournaledToken(100, -0.0)]
+    assert await store.record(KEY) == replace(RECORD, owner="attention-2", epoch=2)
     await store.append(entries(1, epoch=2))
     refusals = await store.append(entries(1, 2))
     assert [type(refusal) for refusal in refusals] == [StaleEpoch, StaleEpoch]
@@ -279,7 +282,7 @@ async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store:
 
 async def test_a_refusal_leaves_the_other_sequences_alone(store: RequestStore) -> None:
     other = SequenceKey("r2")
-    await store.create(KEY, replace(RECORD, epoch=10))
+    await store.take_over(KEY, replace(RECORD, epoch=9))
     await store.create(other, RECORD)
     refused, accepted = await store.append([*entries(0, epoch=9), *entries(0, key=other)])
     assert (type(refused), accepted) == (StaleEpoch, None)
@@ -287,11 +290,38 @@ async def test_a_refusal_leaves_the_other_sequences_alone(store: RequestStore) -
 
 
 async def test_a_stale_owner_cannot_take_a_request_back(store: RequestStore) -> None:
-    newer = replace(RECORD, owner="attention-2", epoch=2)
-    await store.create(KEY, newer)
-    with pytest.raises(StaleEpoch):
-        await store.create(KEY, RECORD)
-    assert await store.record(KEY) == newer
+    await store.create(KEY, RECORD)
+    await store.take_over(KEY, replace(RECORD, owner="attention-2"))
+    with pytest.raises(StaleEpoch, match="epoch 1 is over, its owner is at epoch 2"):
+        await store.take_over(KEY, RECORD)
+    record = await store.record(KEY)
+    assert record == replace(RECORD, owner="attention-2", epoch=2)
+
+
+async def test_a_request_that_begins_anew_has_nothing_of_the_earlier_one_of_its_name(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    assert await store.create(KEY, RECORD) == 2
+    assert await token_ids(store) == []
+    (refusal,) = await store.append(entries(0, epoch=1))
+    assert isinstance(refusal, StaleEpoch)
+
+
+async def test_who_takes_over_writes_again_what_redis_has_lost(redis: Redis, store: RequestStore) -> None:
+    shown = [entry.token for entry in entries(0, 1, 2)]
+    await store.create(KEY, RECORD)
+    await store.append(entries(0, 1, 2))
+    await redis.flushall()
+    assert await store.take_over(KEY, RECORD, shown) == shown
+    assert await store.record(KEY) == replace(RECORD, epoch=2)
+    assert await store.append(entries(3, epoch=2)) == [None]
+    assert await token_ids(store) == [100, 101, 102, 103]
+
+
+async def test_who_takes_over_learns_of_tokens_that_were_journaled_but_not_shown(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    await store.append(entries(0, 1, 2))
+    assert len(await store.take_over(KEY, RECORD, [entries(0)[0].token])) == 3
 
 
 async def test_records_and_journals_expire_after_the_last_write(redis: Redis, store: RequestStore) -> None:

@@ -6,28 +6,28 @@ import logging
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from afd.errors import AfdError, InternalError, PeerUnavailable, StaleEpoch
+from afd.errors import AfdError, PeerUnavailable, StaleEpoch
 from afd.state.connection import translated_errors
 
 log = logging.getLogger(__name__)
 
-Status = Literal["running", "finished", "cancelled", "failed"]
+# `left`: its client has gone, and may come back; `failed`: it may be tried again, too.
+Status = Literal["running", "finished", "cancelled", "left", "failed"]
+FinishReason = Literal["stop", "length"]
 
-# KEYS: record, journal. ARGV: epoch, TTL in ms, fields and values.
-# An epoch older than a running record's is refused; the first epoch begins anew, with an empty journal.
+# KEYS: record, journal. ARGV: TTL in ms, fields and values.
+# Begins anew, with an empty journal and an epoch of its own: whoever had it before can write no more.
 _CREATE = """
-local epoch = redis.call('HGET', KEYS[1], 'epoch')
-local running = redis.call('HGET', KEYS[1], 'status') == 'running'
-if running and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
-if ARGV[1] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end
-redis.call('HSET', KEYS[1], 'epoch', ARGV[1], unpack(ARGV, 3))
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return 1
+local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0) + 1
+redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('HSET', KEYS[1], 'epoch', epoch, unpack(ARGV, 2))
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return epoch
 """
 # KEYS: record, journal. ARGV: epoch, index of the token, its packed value, TTL in ms.
 # An older epoch is refused, and so is a gap; a token that is already there stays as it is.
@@ -41,6 +41,21 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 """
+# KEYS: record, journal. ARGV: the epoch known, TTL in ms, owner, prompt_ids, sampling, then the packed tokens known.
+# Begins a new epoch, unless there is one already that is not known; what was lost is written again.
+_TAKE_OVER = """
+local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
+if epoch > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
+epoch = ARGV[1] + 1
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'status', 'running', 'owner', ARGV[3])
+redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[4], 'sampling', ARGV[5])
+for index = redis.call('XLEN', KEYS[2]), #ARGV - 6 do
+  redis.call('XADD', KEYS[2], (index + 1) .. '-0', 't', ARGV[index + 6])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+return redis.call('XRANGE', KEYS[2], '-', '+')
+"""
 # KEYS: record. ARGV: epoch, TTL in ms, status.
 _FINISH = """
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
@@ -49,7 +64,9 @@ redis.call('HSET', KEYS[1], 'status', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
-_TOKEN = struct.Struct("<If")  # id, logprob
+_TOKEN = struct.Struct("<IfB")  # id, logprob, finish reason; then, for each of its top_logprobs:
+_TOP_LOGPROB = struct.Struct("<If")  # id, logprob
+_FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 
 @dataclass(frozen=True)
@@ -65,10 +82,30 @@ class RequestRecord:
     """What a request needs to be taken up by another replica, beside its journal."""
 
     prompt_ids: tuple[int, ...]
-    sampling: bytes  # afd.v1.SamplingParams, serialised, with the seed that was drawn
+    sampling: bytes  # afd.v1.SamplingParams of the request, serialised, with the seed that was drawn
     owner: str  # replica_id of the attention replica
     epoch: int = 1
     status: Status = "running"
+
+
+@dataclass(frozen=True)
+class JournaledToken:
+    """All that is shown of a token but its text; the last one has a finish reason."""
+
+    id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+    def pack(self) -> bytes:
+        head = _TOKEN.pack(self.id, self.logprob, _FINISH_REASONS.index(self.finish_reason))
+        return head + b"".join(_TOP_LOGPROB.pack(*top) for top in self.top_logprobs)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        token_id, logprob, reason = _TOKEN.unpack_from(data)
+        tops = tuple(_TOP_LOGPROB.iter_unpack(data[_TOKEN.size :]))
+        return cls(token_id, logprob, tops, _FINISH_REASONS[reason])
 
 
 @dataclass(frozen=True)
@@ -76,14 +113,7 @@ class JournalEntry:
     key: SequenceKey
     epoch: int
     index: int
-    token_id: int
-    logprob: float
-
-
-@dataclass(frozen=True)
-class JournaledToken:
-    token_id: int
-    logprob: float
+    token: JournaledToken
 
 
 class RequestStore:
@@ -94,6 +124,7 @@ class RequestStore:
         self.ttl_ms = int(ttl_s * 1000)
         self._create = redis.register_script(_CREATE)
         self._append = redis.register_script(_APPEND)
+        self._take_over = redis.register_script(_TAKE_OVER)
         self._finish = redis.register_script(_FINISH)
 
     async def is_reachable(self) -> bool:
@@ -103,29 +134,43 @@ class RequestStore:
         except PeerUnavailable:
             return False
 
-    async def create(self, key: SequenceKey, record: RequestRecord) -> None:
-        """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch.
-
-        Raises StaleEpoch if a newer owner already has.
-        """
+    async def create(self, key: SequenceKey, record: RequestRecord) -> int:
+        """Writes the record of a sequence that begins, in place of an earlier one's; returns its epoch."""
         fields: dict[str, str | bytes] = {
-            "prompt_ids": struct.pack(f"<{len(record.prompt_ids)}I", *record.prompt_ids),
+            "prompt_ids": _pack_ids(record.prompt_ids),
             "sampling": record.sampling,
             "owner": record.owner,
             "status": record.status,
         }
         pairs = [part for pair in fields.items() for part in pair]
         async with translated_errors():
+            return int(await self._create(keys=[_record_key(key), _journal_key(key)], args=[self.ttl_ms, *pairs]))
+
+    async def take_over(
+        self, key: SequenceKey, record: RequestRecord, tokens: Sequence[JournaledToken] = ()
+    ) -> list[JournaledToken]:
+        """Makes record.owner the owner, in the epoch that follows record.epoch, so that an earlier one can write no
+        more; returns what is journaled. `tokens`, which are known to be in the journal, and the record are written
+        again if Redis has lost them.
+
+        Raises StaleEpoch if somebody else has taken it over since record.epoch.
+        """
+        known: list[str | bytes] = [record.owner, _pack_ids(record.prompt_ids), record.sampling]
+        known += [token.pack() for token in tokens]
+        async with translated_errors():
             try:
-                await self._create(keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *pairs])
+                found = await self._take_over(
+                    keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *known]
+                )
             except ResponseError as error:
                 if refusal := _refusal(key, record.epoch, error):
                     raise refusal from None
                 raise
+        return [JournaledToken.unpack(fields[1]) for _, fields in found]
 
     async def append(self, entries: Sequence[JournalEntry]) -> list[AfdError | None]:
         """Journals tokens, all in one round trip; for each entry None, or why it was refused: StaleEpoch for an owner
-        whose time is over, InternalError where tokens before it are missing.
+        whose time is over, PeerUnavailable where tokens before it are missing.
 
         Writing a token again is harmless. Raises PeerUnavailable without Redis.
         """
@@ -147,7 +192,7 @@ class RequestStore:
                     _journal_key(entry.key),
                     entry.epoch,
                     entry.index,
-                    _TOKEN.pack(entry.token_id, entry.logprob),
+                    entry.token.pack(),
                     self.ttl_ms,
                 )
             replies = cast(list[object], await pipe.execute(raise_on_error=False))
@@ -181,7 +226,7 @@ class RequestStore:
         async with translated_errors():
             found = await self.redis.xrange(_journal_key(key), min=f"{start + 1}-0")
             entries = cast(list[tuple[bytes, dict[bytes, bytes]]], found)
-        return [JournaledToken(*_TOKEN.unpack(fields[b"t"])) for _, fields in entries]
+        return [JournaledToken.unpack(fields[b"t"]) for _, fields in entries]
 
 
 def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
@@ -190,12 +235,16 @@ def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
         return None
     kind, value = str(reply).split()
     if kind == "GAP":
-        return InternalError(f"request {key.request_id}: its journal was lost, it has {value} tokens")
+        return PeerUnavailable(f"request {key.request_id}: its journal was lost, it has {value} tokens")
     return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
 
 
 def _is_refusal(reply: object) -> bool:
     return isinstance(reply, ResponseError) and str(reply).startswith(("STALE ", "GAP "))
+
+
+def _pack_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(ids)}I", *ids)
 
 
 def _record_key(key: SequenceKey) -> str:

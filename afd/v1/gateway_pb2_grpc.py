@@ -41,6 +41,11 @@ class GatewayServiceStub(object):
                 request_serializer=afd_dot_v1_dot_gateway__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=afd_dot_v1_dot_gateway__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/afd.v1.GatewayService/Resume',
+                request_serializer=afd_dot_v1_dot_gateway__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=afd_dot_v1_dot_gateway__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/afd.v1.GatewayService/Cancel',
                 request_serializer=afd_dot_v1_dot_gateway__pb2.CancelRequest.SerializeToString,
@@ -60,6 +65,14 @@ class GatewayServiceServicer(object):
 
     def Generate(self, request, context):
         """Generates tokens for one prompt. Ending the stream early cancels the request on every machine behind it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a request that this or another gateway began, after its stream was lost: replays what is journaled
+        and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +99,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=afd_dot_v1_dot_gateway__pb2.GenerateRequest.FromString,
                     response_serializer=afd_dot_v1_dot_gateway__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=afd_dot_v1_dot_gateway__pb2.ResumeRequest.FromString,
+                    response_serializer=afd_dot_v1_dot_gateway__pb2.ResumeResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -127,6 +145,33 @@ class GatewayService(object):
             '/afd.v1.GatewayService/Generate',
             afd_dot_v1_dot_gateway__pb2.GenerateRequest.SerializeToString,
             afd_dot_v1_dot_gateway__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/afd.v1.GatewayService/Resume',
+            afd_dot_v1_dot_gateway__pb2.ResumeRequest.SerializeToString,
+            afd_dot_v1_dot_gateway__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class GatewayServiceStub:
     def __new__(cls, channel: _aio.Channel) -> GatewayServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GenerateRequest, _gateway_pb2.GenerateResponse]
     """Generates tokens for one prompt. Ending the stream early cancels the request on every machine behind it."""
+    Resume: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]
+    """Goes on with a request that this or another gateway began, after its stream was lost: replays what is journaled
+    and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]
     """Cancels a running request of this gateway by its id; its stream ends with CANCELLED."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]
@@ -51,6 +55,10 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_gateway_pb2.GenerateRequest, _gateway_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates tokens for one prompt. Ending the stream early cancels the request on every machine behind it."""
+    Resume: _aio.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]  # type: ignore[assignment]
+    """Goes on with a request that this or another gateway began, after its stream was lost: replays what is journaled
+    and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
+    """
     Cancel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a running request of this gateway by its id; its stream ends with CANCELLED."""
     GetModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -68,6 +76,16 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.GenerateResponse], _abc.AsyncIterator[_gateway_pb2.GenerateResponse]]:
         """Generates tokens for one prompt. Ending the stream early cancels the request on every machine behind it."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _gateway_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ResumeResponse], _abc.AsyncIterator[_gateway_pb2.ResumeResponse]]:
+        """Goes on with a request that this or another gateway began, after its stream was lost: replays what is journaled
+        and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
+        """
 
     @_abc_1.abstractmethod
     def Cancel(

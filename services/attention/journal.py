@@ -7,7 +7,7 @@ import asyncio
 import logging
 
 from afd.errors import AfdError, PeerUnavailable
-from afd.state.requests import JournalEntry, RequestStore
+from afd.state.requests import JournaledToken, JournalEntry, RequestStore
 from services.attention.engine import Delivery
 from services.attention.sequence import TokenEvent
 
@@ -63,4 +63,5 @@ class Journal:
 
 def _entry(delivery: Delivery, event: TokenEvent) -> JournalEntry:
     sequence = delivery.sequence
-    return JournalEntry(sequence.key, sequence.epoch, event.index, event.token.id, event.token.logprob)
+    token = JournaledToken(event.token.id, event.token.logprob, event.token.top_logprobs, event.finish_reason)
+    return JournalEntry(sequence.key, sequence.epoch, event.index, token)

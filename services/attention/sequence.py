@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from enum import Enum
 
 from opentelemetry.trace import SpanContext
 
 from afd.errors import AfdError
 from afd.model.sampler import SampledToken, SamplerRow
 from afd.model.sampling_params import SamplingParams
-from afd.state.requests import SequenceKey
-
-
-class FinishReason(Enum):
-    STOP = "stop"
-    LENGTH = "length"
+from afd.state.requests import FinishReason, SequenceKey
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,8 @@ class Sequence:
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.end_ids:
-            return FinishReason.STOP
+            return "stop"
         num_output = len(self.output_ids)
         if num_output >= (self.params.max_tokens or num_output + 1) or self.num_tokens >= self.max_context_tokens:
-            return FinishReason.LENGTH
+            return "length"
         return None

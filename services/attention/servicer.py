@@ -10,19 +10,13 @@ from afd import rpc, telemetry
 from afd.errors import AfdError, InvalidRequest, PeerUnavailable
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import check_token_ids
-from afd.protocol import sampling_from_proto
+from afd.protocol import finish_reason_to_proto, sampling_from_proto
 from afd.state.requests import SequenceKey
 from afd.v1 import attention_pb2 as pb
 from afd.v1 import attention_pb2_grpc, sampling_pb2
 from services.attention.engine import Engine
-from services.attention.sequence import FinishReason, Sequence, TokenEvent
+from services.attention.sequence import Sequence, TokenEvent
 from services.attention.timeline import PARTS
-
-_FINISH_REASONS = {
-    None: sampling_pb2.FINISH_REASON_UNSPECIFIED,
-    FinishReason.STOP: sampling_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
-}
 
 
 class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
@@ -37,6 +31,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         async with rpc.aborting(context):
             span = telemetry.tracer.start_span("attention.decode", telemetry.context_of(rpc.metadata_of(context)))
             sequence = self._sequence(request, span.get_span_context())
+            await context.send_initial_metadata(((rpc.ACCEPTED, "1"),))
             self.engine.submit(sequence)
             self.num_open += 1
             try:
@@ -105,5 +100,5 @@ def _response(event: TokenEvent) -> pb.DecodeResponse:
         id=event.token.id,
         logprob=event.token.logprob,
         top_logprobs=[sampling_pb2.TokenLogprob(id=i, logprob=v) for i, v in event.token.top_logprobs],
-        finish_reason=_FINISH_REASONS[event.finish_reason],
+        finish_reason=finish_reason_to_proto(event.finish_reason),
     )

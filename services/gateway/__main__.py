@@ -39,7 +39,9 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
-        generator = Generator(config, tokenizer, balancer, store, settings.request_timeout_s)
+        generator = Generator(
+            config, tokenizer, balancer, store, settings.request_timeout_s, settings.failover_timeout_s
+        )
         servicer = GatewayServicer(generator, model_name, settings.max_body_bytes)
         app = make_app(generator, model_name, settings.max_body_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
@@ -32,7 +33,7 @@ class Balancer:
     def __init__(self, registry: Registry, config_digest: str) -> None:
         self.registry = registry
         self.config_digest = config_digest
-        self._replicas: dict[str, AttentionReplica] = {}
+        self._replicas: dict[str, AttentionReplica] = {}  # by incarnation
         self._changed = asyncio.Event()
 
     @property
@@ -51,15 +52,16 @@ class Balancer:
     async def follow(self) -> None:
         """Keeps up with the registry until cancelled."""
         async for replicas in self.registry.watch("attention"):
-            current = {replica.replica_id: replica for replica in replicas if self._belongs(replica)}
-            for replica_id in self._replicas.keys() - current.keys():
-                gone = self._replicas.pop(replica_id)
-                log.info("attention replica %s is gone", replica_id)
+            current = {replica.incarnation: replica for replica in replicas if self._belongs(replica)}
+            for incarnation in self._replicas.keys() - current.keys():
+                gone = self._replicas.pop(incarnation)
+                log.info("attention replica %s is gone", gone.replica.replica_id)
                 if gone.num_sequences == 0:
                     await gone.channel.close()
-            for replica_id in current.keys() - self._replicas.keys():
-                self._replicas[replica_id] = _connect(current[replica_id])
-                log.info("attention replica %s joined at %s", replica_id, current[replica_id].address)
+            for incarnation in current.keys() - self._replicas.keys():
+                replica = current[incarnation]
+                self._replicas[incarnation] = _connect(replica)
+                log.info("attention replica %s joined at %s", replica.replica_id, replica.address)
             self._changed.set()
             self._changed = asyncio.Event()
 
@@ -72,19 +74,22 @@ class Balancer:
         except TimeoutError:
             raise PeerUnavailable(f"no attention replica of this model is registered, after {timeout_s:g} s") from None
 
-    def has_other_than(self, lost: Set[AttentionReplica]) -> bool:
-        return any(entry not in lost for entry in self._replicas.values())
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Until replicas come or go, but no longer than timeout_s."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def choose(self, lost: Set[AttentionReplica] = frozenset()) -> AttentionReplica | None:
+        """The replica for one sequence, if there is one."""
+        candidates = [entry for entry in self._replicas.values() if entry not in lost]
+        return min(candidates, key=lambda entry: entry.num_sequences, default=None)
 
     @asynccontextmanager
-    async def picked(self, lost: Set[AttentionReplica] = frozenset()) -> AsyncIterator[AttentionReplica]:
-        """The replica for one sequence, counted while the block runs. Raises PeerUnavailable if there is none."""
-        candidates = [entry for entry in self._replicas.values() if entry not in lost]
-        if not candidates:
-            raise PeerUnavailable("no attention replica is ready")
-        entry = min(candidates, key=lambda entry: entry.num_sequences)
+    async def counted(self, entry: AttentionReplica) -> AsyncIterator[None]:
+        """A replica has one sequence more while the block runs."""
         entry.num_sequences += 1
         try:
-            yield entry
+            yield
         finally:
             entry.num_sequences -= 1
             if entry.num_sequences == 0 and entry not in self._replicas.values():

@@ -10,42 +10,30 @@ import re
 import secrets
 import struct
 import uuid
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
-from typing import NoReturn
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import grpc.aio
 from opentelemetry import trace
 
 from afd import rpc, telemetry
-from afd.errors import Cancelled, DeadlineExceeded, InvalidRequest, PeerUnavailable
+from afd.errors import AfdError, Cancelled, DeadlineExceeded, InvalidRequest, NotFound, PeerUnavailable, StaleEpoch
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import SamplingParams, check_token_ids
-from afd.protocol import sampling_to_proto
-from afd.state.requests import RequestRecord, RequestStore, SequenceKey, Status
+from afd.protocol import finish_reason_from_proto, sampling_from_proto, sampling_to_proto
+from afd.state.requests import JournaledToken, RequestRecord, RequestStore, SequenceKey, Status
 from afd.v1 import attention_pb2, sampling_pb2
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
+from services.gateway.failover import Failover
 from services.gateway.merge import merged
-from services.gateway.stop_strings import StopStrings
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.transcript import Token, Transcript
 
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[!-~]{0,128}")
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of one choice, with the text that it completes; the last one of a choice has a finish reason."""
-
-    choice: int
-    index: int
-    id: int
-    text: str
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...]
-    finish_reason: str | None  # "stop" or "length"
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,49 @@ class Request:
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams  # seed and max_tokens are set
+    resumed_at: tuple[int, ...] | None = None  # index of the first token wanted of each choice; None: it begins
+
+
+class _Lost(Exception):
+    """An attention replica does not go on with a choice; whether it had ever begun."""
+
+    def __init__(self, reason: PeerUnavailable, was_accepted: bool) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        self.was_accepted = was_accepted
+
+
+@dataclass
+class _Running:
+    """A request that this gateway follows, and what is to end it before its time."""
+
+    reason: AfdError | None = None
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, reason: AfdError) -> None:
+        self.reason = self.reason or reason
+        self.ending.set()
+
+
+class _Ownership:
+    """Whose a choice is: its record, whose epoch is this gateway's last word on it; 0: it has none yet."""
+
+    def __init__(self, store: RequestStore, key: SequenceKey, record: RequestRecord) -> None:
+        self.store = store
+        self.key = key
+        self.record = record
+
+    async def claim(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
+        """Begins the next epoch, with an attention replica as the owner. Returns what the journal has behind the
+        transcript. Raises StaleEpoch if another gateway has done so."""
+        record = replace(self.record, owner=owner, status="running")
+        if record.epoch == 0:
+            self.record = replace(record, epoch=await self.store.create(self.key, record))
+            return []
+        journal = await self.store.take_over(self.key, record, transcript.tokens)
+        self.record = replace(record, epoch=record.epoch + 1)
+        return journal[len(transcript.tokens) :]
 
 
 class Generator:
@@ -65,14 +96,16 @@ class Generator:
         balancer: Balancer,
         store: RequestStore,
         timeout_s: float,
+        failover_timeout_s: float,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.balancer = balancer
         self.store = store
         self.timeout_s = timeout_s
+        self.failover_timeout_s = failover_timeout_s
         self.draining = False
-        self._running: dict[str, asyncio.Event] = {}
+        self._running: dict[str, _Running] = {}
 
     @property
     def num_running(self) -> int:
@@ -123,10 +156,32 @@ class Generator:
 
     def cancel(self, request_id: str) -> bool:
         """Ends a running request with Cancelled; whether there was one."""
-        cancelled = self._running.get(request_id)
-        if cancelled is not None:
-            cancelled.set()
-        return cancelled is not None
+        running = self._running.get(request_id)
+        if running is not None:
+            running.end(Cancelled(f"request {request_id} was cancelled"))
+        return running is not None
+
+    async def reopen(self, request_id: str, next_index: Sequence[int]) -> Request:
+        """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
+        choice. If it still runs here, its stream ends.
+
+        Raises NotFound if no record of it is left, Cancelled if that is how it ended.
+        """
+        if self.draining:
+            raise PeerUnavailable("this gateway is draining; ask another one")
+        if running := self._running.get(request_id):
+            running.end(StaleEpoch(f"request {request_id} was resumed in another stream"))
+            await running.ended.wait()
+        record = await self.store.record(SequenceKey(request_id))
+        if record is None:
+            raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
+        if record.status == "cancelled":
+            raise Cancelled(f"request {request_id} was cancelled")
+        params = sampling_from_proto(sampling_pb2.SamplingParams.FromString(record.sampling))
+        if len(next_index) > params.n:
+            raise InvalidRequest(f"the request has {params.n} choices, not {len(next_index)}", "next_index")
+        resumed_at = (*next_index, *[0] * (params.n - len(next_index)))
+        return Request(request_id, list(record.prompt_ids), params, resumed_at)
 
     async def generate(self, request: Request, parent: dict[str, str] | None = None) -> AsyncGenerator[Token, None]:
         """The tokens of all choices as they come. Closing the iterator cancels the request everywhere.
@@ -134,7 +189,7 @@ class Generator:
         Raises PeerUnavailable, DeadlineExceeded, Cancelled, or what the attention replica refuses.
         """
         self._refuse_running(request.request_id)
-        cancelled = self._running[request.request_id] = asyncio.Event()
+        running = self._running[request.request_id] = _Running()
         span = telemetry.tracer.start_span("generate", telemetry.context_of(parent or {}), attributes={
             "gen_ai.operation.name": "text_completion",
             "gen_ai.usage.input_tokens": len(request.prompt_ids),
@@ -142,8 +197,8 @@ class Generator:
         })  # fmt: skip
         observed = metrics.RequestTimes()
         try:
-            choices = [self._choice(request, choice, span) for choice in range(request.params.n)]
-            async with contextlib.aclosing(merged(choices, self._limits(request, cancelled))) as tokens:
+            choices = [self._choice(request, choice, running, span) for choice in range(request.params.n)]
+            async with contextlib.aclosing(merged(choices, self._limits(running))) as tokens:
                 async for token in tokens:
                     observed.token(token.choice)
                     yield token
@@ -153,103 +208,126 @@ class Generator:
             raise
         finally:
             del self._running[request.request_id]
+            running.ended.set()
             span.set_attribute("gen_ai.usage.output_tokens", observed.num_tokens)
             span.end()
 
-    async def _limits(self, request: Request, cancelled: asyncio.Event) -> NoReturn:
-        """Ends the request when it is cancelled or takes too long."""
+    async def _limits(self, running: _Running) -> NoReturn:
+        """Ends the request when it is cancelled, resumed in another stream, or takes too long."""
         try:
-            await asyncio.wait_for(cancelled.wait(), self.timeout_s)
+            await asyncio.wait_for(running.ending.wait(), self.timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s") from None
-        raise Cancelled(f"request {request.request_id} was cancelled")
+        assert running.reason is not None
+        raise running.reason
 
-    async def _choice(self, request: Request, choice: int, span: trace.Span) -> AsyncGenerator[Token, None]:
-        """The tokens of one choice. A replica that is lost before its first token is replaced by another one."""
-        lost: set[AttentionReplica] = set()
-        while True:
-            num_tokens = 0
-            async with self.balancer.picked(lost) as entry:
-                tokens = self._choice_on(entry, request, choice, epoch=len(lost) + 1, span=span)
-                try:
-                    async with contextlib.aclosing(tokens):
-                        async for token in tokens:
-                            num_tokens += 1
-                            yield token
-                    return
-                except PeerUnavailable:
-                    lost.add(entry)
-                    if num_tokens or not self.balancer.has_other_than(lost):
-                        raise
-
-    async def _choice_on(
-        self, entry: AttentionReplica, request: Request, choice: int, *, epoch: int, span: trace.Span
+    async def _choice(
+        self, request: Request, choice: int, running: _Running, span: trace.Span
     ) -> AsyncGenerator[Token, None]:
-        """The tokens of one choice from one attention replica, which owns it in this epoch."""
-        key = SequenceKey(request.request_id, choice)
-        params = replace(request.params, n=1, stop=(), seed=_seed_of_choice(request.params.seed or 0, choice))
-        sampling = sampling_to_proto(params)
-        owner = entry.replica.replica_id
-        record = RequestRecord(tuple(request.prompt_ids), sampling.SerializeToString(), owner, epoch)
-        await self.store.create(key, record)
-        message = attention_pb2.DecodeRequest(
-            request_id=request.request_id,
-            choice=choice,
-            epoch=epoch,
-            token_ids=request.prompt_ids,
-            sampling=sampling,
-        )
+        """The tokens of one choice, from as many attention replicas as it takes: when one is lost another one goes on
+        behind the journal."""
+        ownership = await self._ownership(request, choice)
+        transcript = Transcript(self.tokenizer, request.params.stop, choice)
+        wanted_from = request.resumed_at[choice] if request.resumed_at else 0
         status: Status = "failed"
         try:
-            async with contextlib.aclosing(self._decode(entry, message, request.params.stop, span)) as tokens:
+            async with contextlib.aclosing(self._follow(request, ownership, transcript, span)) as tokens:
                 async for token in tokens:
-                    yield token
+                    if token.index >= wanted_from:
+                        yield token
             status = "finished"
         except (asyncio.CancelledError, GeneratorExit):
-            status = "cancelled"
+            status = "cancelled" if isinstance(running.reason, Cancelled) else "left"
             raise
         finally:
-            self._note_end(key, epoch, status)
+            self._note_end(ownership, status)
+
+    async def _ownership(self, request: Request, choice: int) -> _Ownership:
+        key = SequenceKey(request.request_id, choice)
+        record = await self.store.record(key) if request.resumed_at else None
+        if record is None:
+            sampling = sampling_to_proto(request.params).SerializeToString()
+            record = RequestRecord(tuple(request.prompt_ids), sampling, owner="", epoch=0)
+        return _Ownership(self.store, key, record)
+
+    async def _follow(
+        self, request: Request, ownership: _Ownership, transcript: Transcript, span: trace.Span
+    ) -> AsyncGenerator[Token, None]:
+        """All tokens: the journaled ones, then those that an attention replica gives, and another one after that."""
+        is_resumed = request.resumed_at is not None
+        for known in await self.store.journal(ownership.key) if is_resumed else ():
+            if not transcript.is_ended:
+                yield transcript.add(known)
+        failover = Failover(self.balancer, self.failover_timeout_s, is_resumed)
+        while not transcript.is_ended:
+            async with failover.picked() as entry:
+                try:
+                    journaled = await ownership.claim(entry.replica.replica_id, transcript)
+                except PeerUnavailable as error:
+                    failover.failed(None, error)
+                    continue
+                for known in journaled:
+                    if not transcript.is_ended:
+                        yield transcript.add(known)
+                try:
+                    async with contextlib.aclosing(self._decode(entry, request, ownership, transcript, span)) as tokens:
+                        async for token in tokens:
+                            failover.succeeded()
+                            yield token
+                except _Lost as lost:
+                    failover.is_begun |= lost.was_accepted
+                    failover.failed(entry, lost.reason)
+
+    def _decode_request(
+        self, request: Request, ownership: _Ownership, transcript: Transcript
+    ) -> attention_pb2.DecodeRequest:
+        choice = ownership.key.choice
+        params = replace(request.params, n=1, stop=(), seed=_seed_of_choice(request.params.seed or 0, choice))
+        return attention_pb2.DecodeRequest(
+            request_id=request.request_id,
+            choice=choice,
+            epoch=ownership.record.epoch,
+            token_ids=[*request.prompt_ids, *(token.id for token in transcript.tokens)],
+            num_generated=len(transcript.tokens),
+            sampling=sampling_to_proto(params),
+        )
 
     async def _decode(
         self,
         entry: AttentionReplica,
-        message: attention_pb2.DecodeRequest,
-        stop: tuple[str, ...],
+        request: Request,
+        ownership: _Ownership,
+        transcript: Transcript,
         span: trace.Span,
     ) -> AsyncGenerator[Token, None]:
-        text, stops = self.tokenizer.stream(), StopStrings(stop)
+        """The tokens that an attention replica gives behind the transcript. Raises _Lost, or what it refuses."""
+        if transcript.is_ended:
+            return
         traceparent = telemetry.traceparent(span)
-        call = entry.stub.Decode(message, metadata=(("traceparent", traceparent),) if traceparent else None)
+        call = entry.stub.Decode(
+            self._decode_request(request, ownership, transcript),
+            metadata=(("traceparent", traceparent),) if traceparent else None,
+        )
         try:
             async for response in call:
-                shown = stops.push(text.push(response.id))
-                reason = "stop" if stops.hit else _FINISH_REASONS[response.finish_reason]
-                if reason and not stops.hit:
-                    shown += stops.push(text.rest()) + stops.rest()
-                yield Token(
-                    choice=message.choice,
-                    index=response.index,
-                    id=response.id,
-                    text=shown,
-                    logprob=response.logprob,
-                    top_logprobs=tuple((top.id, top.logprob) for top in response.top_logprobs),
-                    finish_reason="stop" if stops.hit else reason,
-                )
-                if reason:
+                yield transcript.add(_journaled(response))
+                if transcript.is_ended:
                     return
-            raise PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early")
+            raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"), True)
         except grpc.aio.AioRpcError as error:
-            raise rpc.to_error(error) from None
+            reason = rpc.to_error(error)
+            if isinstance(reason, PeerUnavailable):
+                raise _Lost(reason, await _was_accepted(call)) from None
+            raise reason from None
         finally:
             call.cancel()
 
-    def _note_end(self, key: SequenceKey, epoch: int, status: Status) -> None:
+    def _note_end(self, ownership: _Ownership, status: Status) -> None:
         """Writes the status behind the answer: nobody waits for it."""
 
         async def note() -> None:
             with contextlib.suppress(PeerUnavailable):
-                await self.store.finish(key, epoch, status)
+                await self.store.finish(ownership.key, ownership.record.epoch, status)
 
         task = asyncio.create_task(note())
         _BACKGROUND.add(task)
@@ -257,11 +335,20 @@ class Generator:
 
 
 _BACKGROUND: set[asyncio.Task[None]] = set()
-_FINISH_REASONS: dict[int, str | None] = {
-    sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
-    sampling_pb2.FINISH_REASON_STOP: "stop",
-    sampling_pb2.FINISH_REASON_LENGTH: "length",
-}
+
+
+def _journaled(response: attention_pb2.DecodeResponse) -> JournaledToken:
+    return JournaledToken(
+        response.id,
+        response.logprob,
+        tuple((top.id, top.logprob) for top in response.top_logprobs),
+        finish_reason_from_proto(response.finish_reason),
+    )
+
+
+async def _was_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
+    """Whether an attention replica took the sequence, before the call came to its end."""
+    return any(key == rpc.ACCEPTED for key, _ in await call.initial_metadata() or ())
 
 
 def _seed_of_choice(seed: int, choice: int) -> int:

@@ -11,6 +11,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 TTFT = Histogram("gen_ai_server_time_to_first_token_seconds", "from admission to the first token", buckets=_BUCKETS)
 TPOT = Histogram("gen_ai_server_time_per_output_token_seconds", "mean time between a choice's tokens", buckets=_BUCKETS)
 DURATION = Histogram("gen_ai_server_request_duration_seconds", "from admission to the last token", buckets=_BUCKETS)
+FAILOVER = Histogram("afd_failover_seconds", "a choice's, from a lost replica to its next token", buckets=_BUCKETS)
 REQUESTS = Counter("afd_requests", "requests that ended", ["status"])
 TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
 

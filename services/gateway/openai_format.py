@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from services.gateway.generation import Generator, Request, Token
+from services.gateway.generation import Generator, Request
 from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
+from services.gateway.transcript import Token
 
 Json = dict[str, Any]
 

@@ -7,16 +7,11 @@ from collections.abc import AsyncIterator
 
 from afd import rpc
 from afd.errors import InvalidRequest
-from afd.protocol import sampling_from_proto
+from afd.protocol import finish_reason_to_proto, sampling_from_proto
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
-from services.gateway.generation import Generator, Token
-
-_FINISH_REASONS = {
-    None: sampling_pb2.FINISH_REASON_UNSPECIFIED,
-    "stop": sampling_pb2.FINISH_REASON_STOP,
-    "length": sampling_pb2.FINISH_REASON_LENGTH,
-}
+from services.gateway.generation import Generator, Request
+from services.gateway.transcript import Token
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
@@ -30,11 +25,18 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             admitted = self.generator.admit(
                 request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
-            started = pb.Started(request_id=admitted.request_id, num_prompt_tokens=len(admitted.prompt_ids))
-            yield pb.GenerateResponse(started=started)
+            yield pb.GenerateResponse(started=_started(admitted))
             async with contextlib.aclosing(self.generator.generate(admitted, rpc.metadata_of(context))) as tokens:
                 async for token in tokens:
                     yield pb.GenerateResponse(token=_token(token))
+
+    async def Resume(self, request: pb.ResumeRequest, context: rpc.Context) -> AsyncIterator[pb.ResumeResponse]:
+        async with rpc.aborting(context):
+            reopened = await self.generator.reopen(request.request_id, request.next_index)
+            yield pb.ResumeResponse(started=_started(reopened))
+            async with contextlib.aclosing(self.generator.generate(reopened, rpc.metadata_of(context))) as tokens:
+                async for token in tokens:
+                    yield pb.ResumeResponse(token=_token(token))
 
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
         return pb.CancelResponse(found=self.generator.cancel(request.request_id))
@@ -66,6 +68,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         raise InvalidRequest("the request has no prompt", "prompt")
 
 
+def _started(request: Request) -> pb.Started:
+    return pb.Started(request_id=request.request_id, num_prompt_tokens=len(request.prompt_ids))
+
+
 def _token(token: Token) -> pb.GeneratedToken:
     return pb.GeneratedToken(
         choice=token.choice,
@@ -74,5 +80,5 @@ def _token(token: Token) -> pb.GeneratedToken:
         text=token.text,
         logprob=token.logprob,
         top_logprobs=[sampling_pb2.TokenLogprob(id=i, logprob=v) for i, v in token.top_logprobs],
-        finish_reason=_FINISH_REASONS[token.finish_reason],
+        finish_reason=finish_reason_to_proto(token.finish_reason),
     )
