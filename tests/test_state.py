@@ -444,7 +444,12 @@ async def test_a_url_without_a_redis_behind_it_is_one_sentence_without_the_passw
     ("url", "shown"),
     [
         ("redis://user:pw@host:7000/1?timeout=3", "redis://user:***@host:7000/1?timeout=3"),
-        ("rediss://:pw@host", "rediss://:***@host:6379"),
+        ("rediss://:pw@host", "rediss://:***@host"),
+        ("redis://u:p@ss/w#rd%2@host:1/0", "redis://u:***@host:1/0"),
+        ("unix://u:pw@/tmp/redis.sock", "unix://u:***@/tmp/redis.sock"),
+        ("redis+sentinel://u:p/w@a:1,b:2/main", "redis+sentinel://u:***@a:1,b:2/main"),
+        ("rediss+sentinel://a/main?sentinel_password=pw&x=1", "rediss+sentinel://a/main?sentinel_password=***&x=1"),
+        ("redis+cluster://:pw@a:1,b:2", "redis+cluster://:***@a:1,b:2"),
         ("redis://host:1", "redis://host:1"),
         ("unix:///tmp/redis.sock", "unix:///tmp/redis.sock"),
     ],

@@ -59,7 +59,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     loop = asyncio.get_running_loop()
     compute = ComputeThread(settings.threads, settings.cpus)
 
-    async with connect(settings.redis) as redis:
+    async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         journal = Journal(RequestStore(redis, settings.journal_ttl_s))
         tracer = StepTracer()

@@ -1,0 +1,201 @@
+"""redis-py's clients of one server, of the master that Sentinels name, and of a Cluster, made alike: a question waits
+for a free connection, is asked once, and gives up a connection that does not answer, or not as a master does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode, ClusterPipeline
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    ConnectionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from afd.state.url import RedisUrl
+
+_MAX_CONNECTIONS = 32  # of one process, to one server; more requests wait for their turn
+_NODE_FAILURES = (ConnectionError, TimeoutError, ClusterDownError, RedisClusterException, OSError)
+
+
+@asynccontextmanager
+async def opened(url: RedisUrl, ca: Path | None, timeout_s: float) -> AsyncIterator[Redis]:
+    """A client for what the URL names, whichever kind; a Cluster's has the same commands. `timeout_s` is the longest
+    wait for a connection, and for an answer."""
+    options = {**url.options, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    if url.tls and ca:
+        options["ssl_ca_certs"] = str(ca)
+    opening = {"server": _server, "sentinel": _master, "cluster": _cluster}[url.kind]
+    async with opening(url, options, timeout_s) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _server(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> AsyncIterator[Redis]:
+    connection_class = _of_master(options.pop("connection_class", Connection))
+    for host, port in url.hosts:
+        options |= {"host": host, "port": port}
+    pool = BlockingConnectionPool(
+        max_connections=_MAX_CONNECTIONS,
+        timeout=timeout_s,
+        connection_class=connection_class,
+        retry=_once(),
+        **options,
+    )
+    async with Redis.from_pool(pool) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _master(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> AsyncIterator[Redis]:
+    options.pop("connection_class", None)
+    credentials = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
+    sentinel_options = {**shared, **credentials, "retry": _once()}
+    if url.tls:
+        sentinel_options["ssl"] = True
+    sentinel = Sentinel(url.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
+    pool = _MasterPool(  # type: ignore[no-untyped-call]
+        url.service,
+        sentinel,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=timeout_s,
+        connection_class=_of_master(SentinelManagedSSLConnection if url.tls else SentinelManagedConnection),
+        retry=_once(),
+        **options,
+    )
+    async with sentinel, Redis.from_pool(pool) as client:
+        yield client
+
+
+@asynccontextmanager
+async def _cluster(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> AsyncIterator[Redis]:
+    options.pop("connection_class", None)
+    client = Cluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
+        require_full_coverage=False,
+        max_connections=2 * _MAX_CONNECTIONS,
+        retry=_once(),
+        ssl=url.tls,
+        **options,
+    )
+    try:
+        yield cast(Redis, client)
+    finally:
+        await client.aclose()
+        await client.disconnect()
+
+
+def _once() -> Retry:
+    return Retry(NoBackoff(), 0)
+
+
+def _of_master(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(f"Master{connection_class.__name__}", (_ToMaster, connection_class), {})
+
+
+class _ToMaster(AbstractConnection):
+    """Leaves a server that has become a replica: the next connection finds the master."""
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().read_response(*args, **kwargs)
+        except ResponseError as error:
+            if "READONLY" not in str(error):  # a script's error has it in the middle
+                raise
+            await self.disconnect()
+            raise ConnectionError("the master has become a replica") from error
+
+
+class _MasterPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to the master, as many as there may be."""
+
+
+class Cluster(RedisCluster):
+    """A Cluster's client that waits for a free connection, and whose pipelines lose only a failing node's part."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        async with self._turns:
+            return await super().execute_command(*args, **kwargs)
+
+    def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> ClusterPipeline:
+        return _PipelinePerNode(self)  # type: ignore[abstract]  # as redis-py's own is
+
+    def look_again(self) -> None:
+        """Before the next command a node is asked which of them has which keys."""
+        self._initialize = True
+
+    async def disconnect(self) -> None:
+        await self.nodes_manager.aclose()
+        await self.nodes_manager.aclose("startup_nodes")
+
+
+class _PipelinePerNode(ClusterPipeline):
+    """redis-py's own fails as a whole when one node does; here a node's failure is the reply of its commands alone.
+    Commands of one key keep their order."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        self.cluster = cluster
+        self._commands: list[tuple[Any, ...]] = []
+
+    def execute_command(self, *args: Any, **kwargs: Any) -> ClusterPipeline:
+        self._commands.append(args)
+        return self
+
+    async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
+        commands, self._commands = self._commands, []
+        await self.cluster.initialize()
+        by_node: dict[str, list[int]] = {}
+        for position, command in enumerate(commands):
+            by_node.setdefault(self._node_name(command), []).append(position)
+        parts = [[commands[position] for position in positions] for positions in by_node.values()]
+        replies: list[Any] = [None] * len(commands)
+        for positions, part in zip(by_node.values(), await asyncio.gather(*map(self._ask, parts)), strict=True):
+            for position, reply in zip(positions, part, strict=True):
+                replies[position] = reply
+        if raise_on_error and (error := next((reply for reply in replies if isinstance(reply, Exception)), None)):
+            raise error
+        return replies
+
+    def _node_name(self, command: tuple[Any, ...]) -> str:
+        key = command[3] if command[0] in ("EVAL", "EVALSHA") else command[1]
+        try:
+            node = self.cluster.get_node_from_key(key)
+        except RedisClusterException:
+            node = None
+        return node.name if node else ""
+
+    async def _ask(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        """The replies of one node."""
+        pipeline = ClusterPipeline(self.cluster)  # type: ignore[abstract]
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        except (RedisError, RedisClusterException, OSError) as error:
+            replies = [error] * len(commands)
+        if any(isinstance(reply, _NODE_FAILURES) for reply in replies):
+            self.cluster.look_again()
+        return replies
