@@ -178,7 +178,11 @@ def cluster_servers(directory: Path, num_masters: int = 3, num_replicas: int = 0
 def knows(server: Server, num_nodes: int) -> bool:
     with redis.Redis(port=server.port) as client:
         state = client.execute_command("CLUSTER INFO")
-    return state["cluster_state"] == "ok" and int(state["cluster_known_nodes"]) == num_nodes and int(state["cluster_slots_assigned"]) == 16384
+    return (
+        state["cluster_state"] == "ok"
+        and int(state["cluster_known_nodes"]) == num_nodes
+        and int(state["cluster_slots_assigned"]) == 16384
+    )
 
 
 def cluster_url(servers: list[Server]) -> str:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from redis._parsers import AsyncCommandsParser
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode, ClusterPipeline
 from redis.asyncio.connection import AbstractConnection
@@ -129,15 +130,27 @@ class _MasterPool(SentinelConnectionPool, BlockingConnectionPool):
 
 
 class Cluster(RedisCluster):
-    """A Cluster's client that waits for a free connection, and whose pipelines lose only a failing node's part."""
+    """A Cluster's client that waits for a free connection, whose pipelines lose only a failing node's part, and that
+    depends on no single node."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.commands_parser = _CommandsOfAnyNode(self)
         self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
         async with self._turns:
             return await super().execute_command(*args, **kwargs)
+
+    async def ping(self, **kwargs: Any) -> bool:
+        """Raises the error of a node if none answers."""
+        await self.initialize()
+        asked = (node.execute_command("PING") for node in self.get_nodes())
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(errors) == len(answers):
+            raise errors[0] if errors else ConnectionError("the Cluster has no nodes")
+        return True
 
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> ClusterPipeline:
         return _PipelinePerNode(self)  # type: ignore[abstract]  # as redis-py's own is
@@ -149,6 +162,26 @@ class Cluster(RedisCluster):
     async def disconnect(self) -> None:
         await self.nodes_manager.aclose()
         await self.nodes_manager.aclose("startup_nodes")
+
+
+class _CommandsOfAnyNode(AsyncCommandsParser):
+    """The table of commands, from the first node that answers; redis-py asks the same node for it again and again."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self.cluster = cluster
+
+    async def initialize(self, node: ClusterNode | None = None) -> None:
+        error: Exception = ConnectionError("the Cluster has no nodes")
+        for candidate in self.cluster.get_nodes():
+            if self.commands:
+                return
+            try:
+                await super().initialize(candidate)
+            except (RedisError, OSError) as failure:
+                error = failure
+        if not self.commands:
+            raise error
 
 
 class _PipelinePerNode(ClusterPipeline):
@@ -163,6 +196,9 @@ class _PipelinePerNode(ClusterPipeline):
     def execute_command(self, *args: Any, **kwargs: Any) -> ClusterPipeline:
         self._commands.append(args)
         return self
+
+    def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> ClusterPipeline:
+        return self.execute_command("EVALSHA", sha, numkeys, *keys_and_args)  # redis-py's own refuses it
 
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
         commands, self._commands = self._commands, []

@@ -11,10 +11,12 @@ from typing import Literal, cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from afd.errors import AfdError, InternalError, PeerUnavailable, StaleEpoch
-from afd.state.connection import translated_errors
+from afd.errors import AfdError, JournalGap, PeerUnavailable, StaleEpoch
+from afd.state.connection import patiently, translated_errors
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_S = 2.0  # of a request that begins
 
 Status = Literal["running", "finished", "cancelled", "failed"]
 
@@ -106,7 +108,8 @@ class RequestStore:
     async def create(self, key: SequenceKey, record: RequestRecord) -> None:
         """Writes the record of a sequence that begins, or that a new owner takes over with a higher epoch.
 
-        Raises StaleEpoch if a newer owner already has.
+        While Redis does not answer it is asked again for a short time. Raises StaleEpoch if a newer owner already has,
+        and PeerUnavailable when that time is over.
         """
         fields: dict[str, str | bytes] = {
             "prompt_ids": struct.pack(f"<{len(record.prompt_ids)}I", *record.prompt_ids),
@@ -115,27 +118,35 @@ class RequestStore:
             "status": record.status,
         }
         pairs = [part for pair in fields.items() for part in pair]
-        async with translated_errors():
-            try:
-                await self._create(keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *pairs])
-            except ResponseError as error:
-                if refusal := _refusal(key, record.epoch, error):
-                    raise refusal from None
-                raise
+
+        async def ask() -> None:
+            async with translated_errors():
+                try:
+                    await self._create(
+                        keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *pairs]
+                    )
+                except ResponseError as error:
+                    if _is_refusal(error) and (refusal := _refusal(key, record.epoch, error)):
+                        raise refusal from None
+                    raise
+
+        await patiently(ask, _PATIENCE_S)
 
     async def append(self, entries: Sequence[JournalEntry]) -> list[AfdError | None]:
-        """Journals tokens, all in one round trip; for each entry None, or why it was refused: StaleEpoch for an owner
-        whose time is over, InternalError where tokens before it are missing.
+        """Journals tokens, all in one round trip; for each entry None, or why it is not there: StaleEpoch for an owner
+        whose time is over, JournalGap where tokens before it are missing, PeerUnavailable if it may be tried again.
 
-        Writing a token again is harmless. Raises PeerUnavailable without Redis.
+        Writing a token again is harmless. Raises PeerUnavailable where none could be written.
         """
         async with translated_errors():
-            try:
-                replies = await self._append_all(entries)
-            except NoScriptError:
+            replies = await self._append_all(entries)
+            if any(isinstance(reply, NoScriptError) for reply in replies):
                 await self.redis.script_load(_APPEND)
                 replies = await self._append_all(entries)
-        return [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
+        results = [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
+        if entries and all(isinstance(result, PeerUnavailable) for result in results):
+            raise cast(PeerUnavailable, results[0])
+        return results
 
     async def _append_all(self, entries: Sequence[JournalEntry]) -> list[object]:
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -150,11 +161,7 @@ class RequestStore:
                     _TOKEN.pack(entry.token_id, entry.logprob),
                     self.ttl_ms,
                 )
-            replies = cast(list[object], await pipe.execute(raise_on_error=False))
-        for reply in replies:
-            if isinstance(reply, Exception) and not _is_refusal(reply):
-                raise reply
-        return replies
+            return cast(list[object], await pipe.execute(raise_on_error=False))
 
     async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
@@ -186,11 +193,13 @@ class RequestStore:
 
 def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
     """What a reply of the scripts refuses, if it does."""
-    if not _is_refusal(reply):
+    if not isinstance(reply, Exception):
         return None
+    if not _is_refusal(reply):
+        return PeerUnavailable(f"Redis does not answer: {reply}")
     kind, value = str(reply).split()
     if kind == "GAP":
-        return InternalError(f"request {key.request_id}: its journal was lost, it has {value} tokens")
+        return JournalGap(f"request {key.request_id}: its journal was lost, it has {value} tokens", int(value))
     return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
 
 
@@ -199,9 +208,13 @@ def _is_refusal(reply: object) -> bool:
 
 
 def _record_key(key: SequenceKey) -> str:
-    """The braces keep a request's keys on one node of a Redis Cluster."""
-    return f"afd:request:{{{key.request_id}}}:{key.choice}"
+    return f"afd:request:{_tag(key)}:{key.choice}"
 
 
 def _journal_key(key: SequenceKey) -> str:
-    return f"afd:journal:{{{key.request_id}}}:{key.choice}"
+    return f"afd:journal:{_tag(key)}:{key.choice}"
+
+
+def _tag(key: SequenceKey) -> str:
+    """The braces keep a request's keys on one node of a Redis Cluster."""
+    return "{" + key.request_id.replace("%", "%25").replace("}", "%7D") + "}"
