@@ -61,7 +61,8 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
 
     async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
-        journal = Journal(RequestStore(redis, settings.journal_ttl_s))
+        store = RequestStore(redis, settings.journal_ttl_s)
+        journal = Journal(store, settings.journal_patience_s, settings.journal_held_tokens)
         tracer = StepTracer()
         connector = FfnConnector(settings, checkpoint, registry, loop, dtype, device, lambda: tracer.traceparent)
 
@@ -94,7 +95,9 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         engine.start(compute)
         try:
             async with background(journal.run()):
-                await _serve_engine(settings, checkpoint, engine, connector, max_context_tokens, registry, stop)
+                await _serve_engine(
+                    settings, checkpoint, engine, connector, journal, max_context_tokens, registry, stop
+                )
         finally:
             await asyncio.to_thread(engine.stop)
 
@@ -134,12 +137,13 @@ async def _serve_engine(
     checkpoint: Checkpoint,
     engine: Engine,
     connector: FfnConnector,
+    journal: Journal,
     max_context_tokens: int,
     registry: Registry,
     stop: StopSignal,
 ) -> None:
     """Serves and holds a lease until it shall stop; then serves what is open."""
-    prometheus_client.REGISTRY.register(AttentionCollector(engine, connector))
+    prometheus_client.REGISTRY.register(AttentionCollector(engine, connector, journal))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
 
