@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from afd.state.embedded import redis_server_binary
 
@@ -67,8 +69,11 @@ class Server:
         return []
 
     def ask(self, *command: str | int) -> object:
-        with redis.Redis(port=self.port, socket_timeout=5, retry=None) as client:
+        with self.client() as client:
             return client.execute_command(*command)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -142,12 +147,12 @@ def watched_servers(directory: Path) -> Iterator[Watched]:
 
 
 def info(server: Server, section: str) -> dict[str, object]:
-    with redis.Redis(port=server.port) as client:
+    with server.client() as client:
         return client.info(section)
 
 
 def knows_everybody(sentinel: Server) -> bool:
-    with redis.Redis(port=sentinel.port) as client:
+    with sentinel.client() as client:
         state = client.sentinel_master("main")
     return bool(state["num-other-sentinels"] == 2 and state["num-slaves"] == 1)
 
@@ -176,7 +181,7 @@ def cluster_servers(directory: Path, num_masters: int = 3, num_replicas: int = 0
 
 
 def knows(server: Server, num_nodes: int) -> bool:
-    with redis.Redis(port=server.port) as client:
+    with server.client() as client:
         state = client.execute_command("CLUSTER INFO")
     return (
         state["cluster_state"] == "ok"

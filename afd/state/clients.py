@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from redis._parsers import AsyncCommandsParser
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, RedisCluster
-from redis.asyncio.cluster import ClusterNode, ClusterPipeline
+from redis.asyncio.cluster import ClusterNode, ClusterPipeline, PipelineCommand
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import (
@@ -22,12 +22,14 @@ from redis.asyncio.sentinel import (
 )
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     ClusterDownError,
     ConnectionError,
     RedisClusterException,
     RedisError,
     ResponseError,
     TimeoutError,
+    TryAgainError,
 )
 
 from afd.state.url import RedisUrl
@@ -93,7 +95,7 @@ async def _cluster(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> 
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
         require_full_coverage=False,
         max_connections=2 * _MAX_CONNECTIONS,
-        retry=_once(),
+        retry=Retry(NoBackoff(), 1),  # it does not look whether an idle connection still stands
         ssl=url.tls,
         **options,
     )
@@ -201,37 +203,40 @@ class _PipelinePerNode(ClusterPipeline):
         return self.execute_command("EVALSHA", sha, numkeys, *keys_and_args)  # redis-py's own refuses it
 
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
-        commands, self._commands = self._commands, []
         await self.cluster.initialize()
-        by_node: dict[str, list[int]] = {}
-        for position, command in enumerate(commands):
-            by_node.setdefault(self._node_name(command), []).append(position)
-        parts = [[commands[position] for position in positions] for positions in by_node.values()]
-        replies: list[Any] = [None] * len(commands)
-        for positions, part in zip(by_node.values(), await asyncio.gather(*map(self._ask, parts)), strict=True):
-            for position, reply in zip(positions, part, strict=True):
-                replies[position] = reply
-        if raise_on_error and (error := next((reply for reply in replies if isinstance(reply, Exception)), None)):
-            raise error
-        return replies
-
-    def _node_name(self, command: tuple[Any, ...]) -> str:
-        key = command[3] if command[0] in ("EVAL", "EVALSHA") else command[1]
-        try:
-            node = self.cluster.get_node_from_key(key)
-        except RedisClusterException:
-            node = None
-        return node.name if node else ""
-
-    async def _ask(self, commands: list[tuple[Any, ...]]) -> list[Any]:
-        """The replies of one node."""
-        pipeline = ClusterPipeline(self.cluster)  # type: ignore[abstract]
+        commands = [PipelineCommand(position, *command) for position, command in enumerate(self._commands)]
+        self._commands = []
+        parts: dict[ClusterNode, list[PipelineCommand]] = {}
         for command in commands:
-            pipeline.execute_command(*command)
-        try:
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        except (RedisError, RedisClusterException, OSError) as error:
-            replies = [error] * len(commands)
+            try:
+                parts.setdefault(self._node_of(command), []).append(command)
+            except RedisClusterException as error:  # no node has its slot
+                command.result = error
+        await asyncio.gather(*(self._ask(node, part) for node, part in parts.items()))
+        replies = [command.result for command in commands]
         if any(isinstance(reply, _NODE_FAILURES) for reply in replies):
             self.cluster.look_again()
+        failures = [reply for reply in replies if isinstance(reply, Exception)]
+        if raise_on_error and failures:
+            raise failures[0]
         return replies
+
+    def _node_of(self, command: PipelineCommand) -> ClusterNode:
+        name, *arguments = command.args
+        node = self.cluster.get_node_from_key(arguments[2] if name == "EVALSHA" else arguments[0])
+        assert node is not None
+        return node
+
+    async def _ask(self, node: ClusterNode, commands: list[PipelineCommand]) -> None:
+        """Sets each command's result to its reply. A node that has its key no more says who has."""
+        try:
+            await node.execute_pipeline(commands)
+        except (RedisError, OSError) as error:
+            for command in commands:
+                command.result = error
+        for command in commands:
+            if isinstance(command.result, TryAgainError | AskError):  # or MovedError
+                try:
+                    command.result = await self.cluster.execute_command(*command.args)
+                except (RedisError, RedisClusterException, OSError) as error:
+                    command.result = error
