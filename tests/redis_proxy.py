@@ -19,8 +19,7 @@ class RedisProxy:
         self.target_port = target_port
         self.delay_s = 0.0
         self.port = 0
-        self.num_lost_replies = 0
-        self._lose_next_reply = False
+        self._replies_to_lose = 0
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -51,9 +50,9 @@ class RedisProxy:
     def go_on(self) -> None:
         self._call(self._flowing.set)
 
-    def lose_next_reply(self) -> None:
+    def lose_replies(self, count: int) -> None:
         """What Redis answers next is not delivered: the connections are reset instead."""
-        self._lose_next_reply = True
+        self._replies_to_lose = count
 
     def _call(self, function: Callable[[], object]) -> None:
         done = threading.Event()
@@ -93,9 +92,8 @@ class RedisProxy:
         self._start(self._deliver(under_way, writer))
         with contextlib.suppress(OSError):
             while data := await reader.read(CHUNK_BYTES):
-                if is_reply and self._lose_next_reply:
-                    self._lose_next_reply = False
-                    self.num_lost_replies += 1
+                if is_reply and self._replies_to_lose:
+                    self._replies_to_lose -= 1
                     self._abort()
                     break
                 under_way.put_nowait((time.monotonic() + self.delay_s, data))

@@ -80,23 +80,27 @@ async def watching(url: str, lease_s: float = LEASE_S) -> AsyncIterator[Watcher]
 
 @pytest.mark.parametrize("how", ["frozen", "restarted without data"])
 async def test_an_outage_longer_than_a_lease_removes_nobody(server: Server, how: str) -> None:
-    async with registry(server.url) as holder, watching(server.url) as watcher:
-        async with holder.registered(lambda: ONE), holder.registered(lambda: OTHER):
-            await watcher.until("ffn-1", "ffn-2")
-            since_s = time.monotonic()
-            if how == "frozen":
-                server.signal(signal.SIGSTOP)
-            else:
-                server.kill()
-            await asyncio.sleep(2.5 * LEASE_S)
-            if how == "frozen":
-                server.signal(signal.SIGCONT)
-            else:
-                await asyncio.to_thread(server.start)
-            await asyncio.sleep(2 * LEASE_S)
-            assert watcher.names == {"ffn-1", "ffn-2"}
-            assert not watcher.missed("ffn-1", since_s)
-            assert len(await holder.replicas("ffn")) == 2, "the leases were renewed"
+    async with (
+        registry(server.url) as holder,
+        watching(server.url) as watcher,
+        holder.registered(lambda: ONE),
+        holder.registered(lambda: OTHER),
+    ):
+        await watcher.until("ffn-1", "ffn-2")
+        since_s = time.monotonic()
+        if how == "frozen":
+            server.signal(signal.SIGSTOP)
+        else:
+            server.kill()
+        await asyncio.sleep(2.5 * LEASE_S)
+        if how == "frozen":
+            server.signal(signal.SIGCONT)
+        else:
+            await asyncio.to_thread(server.start)
+        await asyncio.sleep(2 * LEASE_S)
+        assert watcher.names == {"ffn-1", "ffn-2"}
+        assert not watcher.missed("ffn-1", since_s)
+        assert len(await holder.replicas("ffn")) == 2, "the leases were renewed"
 
 
 async def test_data_that_is_lost_without_an_outage_removes_nobody(server: Server) -> None:
@@ -110,42 +114,54 @@ async def test_data_that_is_lost_without_an_outage_removes_nobody(server: Server
 
 
 async def test_who_does_not_come_back_after_an_outage_is_gone_a_lease_later(server: Server, proxy: RedisProxy) -> None:
-    async with registry(server.url) as holder, watching(server.url) as watcher:
-        async with holder.registered(lambda: ONE), registry(proxy.url) as cut_off, cut_off.registered(lambda: OTHER):
-            await watcher.until("ffn-1", "ffn-2")
-            server.kill()
-            proxy.refuse()
-            await asyncio.sleep(1.5 * LEASE_S)
-            await asyncio.to_thread(server.start)
-            back_s = time.monotonic()
-            await watcher.until("ffn-1")
-            assert time.monotonic() - back_s >= LEASE_S
-            assert not watcher.missed("ffn-1", back_s)
+    async with (
+        registry(server.url) as holder,
+        watching(server.url) as watcher,
+        holder.registered(lambda: ONE),
+        registry(proxy.url) as cut_off,
+        cut_off.registered(lambda: OTHER),
+    ):
+        await watcher.until("ffn-1", "ffn-2")
+        server.kill()
+        proxy.refuse()
+        await asyncio.sleep(1.5 * LEASE_S)
+        await asyncio.to_thread(server.start)
+        back_s = time.monotonic()
+        await watcher.until("ffn-1")
+        assert time.monotonic() - back_s >= LEASE_S
+        assert not watcher.missed("ffn-1", back_s)
 
 
 async def test_who_leaves_is_gone_at_once_also_after_an_outage(server: Server) -> None:
-    async with registry(server.url, 60) as holder, watching(server.url, 60) as watcher:
-        async with holder.registered(lambda: ONE):
-            async with holder.registered(lambda: OTHER):
-                await watcher.until("ffn-1", "ffn-2")
-                server.signal(signal.SIGSTOP)
-                await asyncio.sleep(3.0)
-                server.signal(signal.SIGCONT)
-            await watcher.until("ffn-1", timeout_s=5.0)
+    async with (
+        registry(server.url, 60) as holder,
+        watching(server.url, 60) as watcher,
+        holder.registered(lambda: ONE),
+    ):
+        async with holder.registered(lambda: OTHER):
+            await watcher.until("ffn-1", "ffn-2")
+            server.signal(signal.SIGSTOP)
+            await asyncio.sleep(3.0)
+            server.signal(signal.SIGCONT)
+        await watcher.until("ffn-1", timeout_s=5.0)
 
 
 async def test_a_lease_that_expires_while_redis_answers_is_a_removal_within_a_second(
     server: Server, proxy: RedisProxy
 ) -> None:
-    async with watching(server.url) as watcher, watching(server.url) as second:
-        async with registry(proxy.url) as cut_off, cut_off.registered(lambda: ONE):
-            await watcher.until("ffn-1")
-            await second.until("ffn-1")
-            proxy.refuse()
-            await watcher.until(timeout_s=LEASE_S + 2.0)
-            await second.until(timeout_s=1.5)
-            proxy.accept()
-            await watcher.until("ffn-1")
+    async with (
+        watching(server.url) as watcher,
+        watching(server.url) as second,
+        registry(proxy.url) as cut_off,
+        cut_off.registered(lambda: ONE),
+    ):
+        await watcher.until("ffn-1")
+        await second.until("ffn-1")
+        proxy.refuse()
+        await watcher.until(timeout_s=LEASE_S + 2.0)
+        await second.until(timeout_s=1.5)
+        proxy.accept()
+        await watcher.until("ffn-1")
 
 
 async def test_leases_are_renewed_as_soon_as_redis_is_back(
@@ -179,13 +195,16 @@ async def test_a_lease_that_is_renewed_while_somebody_finds_it_expired_stays(ser
 
 
 async def test_watchers_find_the_channel_again_after_a_restart(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with registry(server.url, 60) as holder, watching(server.url, 60) as watcher:
-        async with holder.registered(lambda: ONE):
-            await watcher.until("ffn-1")
-            server.kill()
-            await asyncio.to_thread(server.start)
-            await asyncio.sleep(1.0)
-            monkeypatch.setattr(registry_module, "_POLL_S", 10.0)  # no change would be seen by polling
-            await asyncio.sleep(1.5)
-            async with holder.registered(lambda: OTHER):
-                await watcher.until("ffn-1", "ffn-2", timeout_s=3.0)
+    async with (
+        registry(server.url, 60) as holder,
+        watching(server.url, 60) as watcher,
+        holder.registered(lambda: ONE),
+    ):
+        await watcher.until("ffn-1")
+        server.kill()
+        await asyncio.to_thread(server.start)
+        await asyncio.sleep(1.0)
+        monkeypatch.setattr(registry_module, "_POLL_S", 10.0)  # no change would be seen by polling
+        await asyncio.sleep(1.5)
+        async with holder.registered(lambda: OTHER):
+            await watcher.until("ffn-1", "ffn-2", timeout_s=3.0)

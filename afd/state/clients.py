@@ -1,5 +1,5 @@
 """redis-py's clients of one server, of the master that Sentinels name, and of a Cluster, made alike: a question waits
-for a free connection, is asked once, and gives up a connection that does not answer, or not as a master does."""
+for a free connection, is asked again at once if that is closed, and leaves a server that is no master any more."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def _server(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
         max_connections=_MAX_CONNECTIONS,
         timeout=timeout_s,
         connection_class=connection_class,
-        retry=_once(),
+        retry=_retry(),
         **options,
     )
     async with Redis.from_pool(pool) as client:
@@ -71,7 +71,7 @@ async def _master(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
     options.pop("connection_class", None)
     credentials = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
-    sentinel_options = {**shared, **credentials, "retry": _once()}
+    sentinel_options = {**shared, **credentials, "retry": _retry()}
     if url.tls:
         sentinel_options["ssl"] = True
     sentinel = Sentinel(url.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ async def _master(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
         max_connections=_MAX_CONNECTIONS,
         timeout=timeout_s,
         connection_class=_of_master(SentinelManagedSSLConnection if url.tls else SentinelManagedConnection),
-        retry=_once(),
+        retry=_retry(),
         **options,
     )
     async with sentinel, Redis.from_pool(pool) as client:
@@ -95,7 +95,7 @@ async def _cluster(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> 
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
         require_full_coverage=False,
         max_connections=2 * _MAX_CONNECTIONS,
-        retry=Retry(NoBackoff(), 1),  # it does not look whether an idle connection still stands
+        retry=_retry(),
         ssl=url.tls,
         **options,
     )
@@ -106,8 +106,9 @@ async def _cluster(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> 
         await client.disconnect()
 
 
-def _once() -> Retry:
-    return Retry(NoBackoff(), 0)
+def _retry() -> Retry:
+    """Once, at once: an idle connection may have been closed long ago. All that is asked can be asked twice."""
+    return Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
 
 
 def _of_master(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
