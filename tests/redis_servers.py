@@ -58,12 +58,24 @@ class Server:
         return f"redis://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        self._run()
+        until(lambda: self.ask("PING"), f"redis-server on port {self.port}")
+
+    def refuses_to_start(self) -> bool:
+        """Whether it does not know its arguments."""
+        process = self._run()
+        time.sleep(0.2)
+        refused = process.poll() is not None
+        self.kill()
+        return refused
+
+    def _run(self) -> subprocess.Popen[bytes]:
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [binary(), *self.config_file(), "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--dir", str(self.directory), "--save", "", *self.arguments]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(lambda: self.ask("PING"), f"redis-server on port {self.port}")
+        return self.process
 
     def config_file(self) -> list[str]:
         return []
@@ -83,6 +95,11 @@ class Server:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+    def restart_empty(self) -> None:
+        self.kill()
+        shutil.rmtree(self.directory)
+        self.start()
 
 
 @dataclass
@@ -141,6 +158,9 @@ def watched_servers(directory: Path) -> Iterator[Watched]:
     sentinels = [SentinelServer(directory / f"sentinel-{i}", master_port=master.port) for i in range(3)]
     with running(master, replica, *sentinels):
         until(lambda: info(replica, "replication")["master_link_status"] == "up", "the replica")
+        for sentinel in sentinels:
+            with contextlib.suppress(redis.RedisError):  # Redis 7 can be made to look round more often
+                sentinel.ask("SENTINEL", "DEBUG", "info-period", 200, "publish-period", 200, "ask-period", 200)
         for sentinel in sentinels:
             until(lambda sentinel=sentinel: knows_everybody(sentinel), "a Sentinel that knows the others")
         yield Watched(master, replica, sentinels)

@@ -294,7 +294,7 @@ async def test_streams_survive_an_outage_that_is_shorter_than_the_patience(
             if step == 30:
                 getattr(proxy, back)()
             journal.put([delivery for one in sequences for delivery in tokens(one)])
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.03)
         for one in sequences:
             assert await shown(one, 40) == ids(0, 40)
             assert [token.token_id for token in await journal.store.journal(one.key)] == ids(0, 40)

@@ -18,7 +18,7 @@ from afd.state.registry import Registry, Replica
 from tests.redis_proxy import RedisProxy, redis_proxy
 from tests.redis_servers import Server, one_server
 
-LEASE_S = 1.0
+LEASE_S = 0.6
 ONE = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(0, 2))
 OTHER = replace(ONE, replica_id="ffn-2", shard=(1, 2))
 
@@ -141,7 +141,7 @@ async def test_who_leaves_is_gone_at_once_also_after_an_outage(server: Server) -
         async with holder.registered(lambda: OTHER):
             await watcher.until("ffn-1", "ffn-2")
             server.signal(signal.SIGSTOP)
-            await asyncio.sleep(3.0)
+            await asyncio.sleep(1.5)
             server.signal(signal.SIGCONT)
         await watcher.until("ffn-1", timeout_s=5.0)
 
@@ -176,14 +176,14 @@ async def test_leases_are_renewed_as_soon_as_redis_is_back(
         return is_new
 
     monkeypatch.setattr(Registry, "_renew", noted)
-    async with registry(proxy.url, lease_s=6) as holder, holder.registered(lambda: ONE):
+    async with registry(proxy.url, lease_s=3) as holder, holder.registered(lambda: ONE):
         proxy.refuse()
-        await asyncio.sleep(2.5)  # a renewal was due after 2 s, the next one would be after 4
+        await asyncio.sleep(1.3)  # a renewal was due after 1 s, the next one would be after 2
         assert len(renewals) == 1
         proxy.accept()
         back_s = time.monotonic()
         while len(renewals) < 2:
-            assert time.monotonic() < back_s + 1.0
+            assert time.monotonic() < back_s + 0.6
             await asyncio.sleep(0.01)
 
 

@@ -42,7 +42,12 @@ _NODE_FAILURES = (ConnectionError, TimeoutError, ClusterDownError, RedisClusterE
 async def opened(url: RedisUrl, ca: Path | None, timeout_s: float) -> AsyncIterator[Redis]:
     """A client for what the URL names, whichever kind; a Cluster's has the same commands. `timeout_s` is the longest
     wait for a connection, and for an answer."""
-    options = {**url.options, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    options = {
+        **url.options,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "driver_info": None,  # saying which library this is needs a permission more
+    }
     if url.tls and ca:
         options["ssl_ca_certs"] = str(ca)
     opening = {"server": _server, "sentinel": _master, "cluster": _cluster}[url.kind]
@@ -70,7 +75,7 @@ async def _server(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
 async def _master(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> AsyncIterator[Redis]:
     options.pop("connection_class", None)
     credentials = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
-    shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
+    shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_", "driver_"))}
     sentinel_options = {**shared, **credentials, "retry": _retry()}
     if url.tls:
         sentinel_options["ssl"] = True
