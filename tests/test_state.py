@@ -447,6 +447,17 @@ async def test_a_frozen_redis_is_an_unavailable_peer_and_may_wake_up(mortal_redi
     assert await token_ids(store) == [100]
 
 
+async def test_a_master_that_became_a_replica_is_an_unavailable_peer_until_it_is_one_again(mortal_redis: Redis) -> None:
+    store = RequestStore(mortal_redis, 60)
+    await store.create(KEY, RECORD)
+    await mortal_redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+    for refused in (store.append(entries(0)), store.finish(KEY, 1, "failed"), store.create(KEY, RECORD)):
+        with pytest.raises(PeerUnavailable):
+            await refused
+    await mortal_redis.execute_command("REPLICAOF", "NO", "ONE")
+    assert await store.append(entries(0)) == [None]
+
+
 async def test_a_request_that_begins_waits_a_short_time_for_redis(
     mortal_redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from services.attention.sequence import Sequence, TokenEvent
 
 log = logging.getLogger(__name__)
 
-_MOST_AT_ONCE = 2048  # deliveries, and tokens, in one round trip
+_MOST_AT_ONCE = 1024  # deliveries, and tokens, in one round trip
 _RETRY_PAUSE_S = 0.2
 _SHORTEST_TRY_S = 1.0
 
@@ -161,8 +161,9 @@ class Journal:
             if shown is None or gap.num_tokens < shown.start:
                 self._fail([sequence], gap)
                 continue
-            log.warning("%s: the tokens from %d on are written again", gap, gap.num_tokens)
             lost += _entries_again(sequence, shown, gap.num_tokens)
+        if lost:
+            log.warning("Redis has lost %d tokens of %d requests; they are written again", len(lost), len(gaps))
         for start in range(0, len(lost), _MOST_AT_ONCE):
             await self._append(lost[start : start + _MOST_AT_ONCE], time.monotonic())
 
