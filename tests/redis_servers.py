@@ -73,6 +73,8 @@ class Server:
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [binary(), *self.config_file(), "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--dir", str(self.directory), "--save", "", *self.arguments]
+        if "--sentinel" not in command:
+            command += ["--repl-diskless-sync-delay", "0"]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         return self.process
@@ -131,6 +133,10 @@ class Watched:
     def url(self) -> str:
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
         return f"redis+sentinel://{hosts}/main"
+
+    def replace_master(self) -> None:
+        """As before a maintenance: what the old master takes until it learns of it is lost."""
+        until(lambda: self.sentinels[0].ask("SENTINEL", "FAILOVER", "main"), "a fail-over")
 
 
 @contextlib.contextmanager

@@ -146,12 +146,14 @@ def test_a_redis_100_ms_away_makes_nothing_slower_but_the_first_token(model: Mod
     assert num_writes < num_steps / 2, "steps did not wait for the journal"
 
 
-def test_streams_survive_the_loss_of_the_master(model: Model, start_mesh: StartMesh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["killed", pytest.param("replaced", marks=pytest.mark.slow)])
+def test_streams_survive_the_loss_of_the_master(model: Model, start_mesh: StartMesh, tmp_path: Path, loss: str) -> None:
     with (
         watched_servers(tmp_path) as servers,
         start_mesh(model.path, 1, 1, redis=servers.url, lease_s=2) as mesh,
     ):
-        check_streams(model, mesh, {20: servers.master.kill})
+        lose = servers.master.kill if loss == "killed" else servers.replace_master
+        check_streams(model, mesh, {20: lose})
         check_streams(model, mesh, {})
 
 
