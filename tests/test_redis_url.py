@@ -46,6 +46,11 @@ def test_a_url_says_what_redis_is(
         ("redis://u:secret@a:99999", "a host is given as name:port"),
         ("redis+cluster://u:secret@a:1,,b:2", "a host is given as name:port"),
         ("rediss://u:secret@127.0.0.1:1", "Error 111"),
+        ("redis://u:secret@127.0.0.1:1?nonsense=1", "nonsense"),
+        ("redis://u:secret@127.0.0.1:1?max_connections=1&timeout=1", "Error 111"),
+        ("redis+cluster://u:secret@127.0.0.1:1", "cannot be connected"),
+        ("redis+cluster://u:secret@127.0.0.1:1/1", "db"),
+        ("redis+sentinel://u:secret@127.0.0.1:1,127.0.0.1:2/main", "No master found for 'main'"),
     ],
 )
 async def test_a_url_that_cannot_be_is_refused_in_a_sentence_without_its_password(url: str, words: str) -> None:

@@ -43,6 +43,7 @@ async def opened(url: RedisUrl, ca: Path | None, timeout_s: float) -> AsyncItera
     """A client for what the URL names, whichever kind; a Cluster's has the same commands. `timeout_s` is the longest
     wait for a connection, and for an answer."""
     options = {
+        "max_connections": _MAX_CONNECTIONS,
         **url.options,
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
@@ -61,11 +62,7 @@ async def _server(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
     for host, port in url.hosts:
         options |= {"host": host, "port": port}
     pool = BlockingConnectionPool(
-        max_connections=_MAX_CONNECTIONS,
-        timeout=timeout_s,
-        connection_class=connection_class,
-        retry=_retry(),
-        **options,
+        **{"timeout": timeout_s, **options}, connection_class=connection_class, retry=_retry()
     )
     async with Redis.from_pool(pool) as client:
         yield client
@@ -77,17 +74,17 @@ async def _master(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> A
     credentials = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_", "driver_"))}
     sentinel_options = {**shared, **credentials, "retry": _retry()}
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        sentinel_options[name] = timeout_s / len(url.hosts)  # one that is lost leaves time for the others
     if url.tls:
         sentinel_options["ssl"] = True
     sentinel = Sentinel(url.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
     pool = _MasterPool(  # type: ignore[no-untyped-call]
         url.service,
         sentinel,
-        max_connections=_MAX_CONNECTIONS,
-        timeout=timeout_s,
+        **{"timeout": timeout_s, **options},
         connection_class=_of_master(SentinelManagedSSLConnection if url.tls else SentinelManagedConnection),
         retry=_retry(),
-        **options,
     )
     async with sentinel, Redis.from_pool(pool) as client:
         yield client
@@ -99,10 +96,9 @@ async def _cluster(url: RedisUrl, options: dict[str, Any], timeout_s: float) -> 
     client = Cluster(
         startup_nodes=[ClusterNode(host, port) for host, port in url.hosts],
         require_full_coverage=False,
-        max_connections=2 * _MAX_CONNECTIONS,
         retry=_retry(),
         ssl=url.tls,
-        **options,
+        **{**options, "max_connections": 2 * options["max_connections"]},  # commands have turns, pipelines have none
     )
     try:
         yield cast(Redis, client)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,12 +36,13 @@ async def connect(url: str, ca: Path | None = None) -> AsyncIterator[Redis]:
             raise ValueError(f"there are no certificates in {ca}")
     except ValueError as error:
         raise ConfigError(f"no Redis answers at {without_password(url)}: {error}") from None
-    async with opened(where, ca, _TIMEOUT_S / 2) as redis:
+    async with AsyncExitStack() as stack:
         try:
+            redis = await stack.enter_async_context(opened(where, ca, _TIMEOUT_S / 2))
             async with translated_errors():
                 await redis.ping()
-        except PeerUnavailable as error:
-            raise ConfigError(f"no Redis answers at {without_password(url)}: {error.__cause__}") from None
+        except (PeerUnavailable, RedisClusterException, TypeError) as error:  # TypeError: an option that is none
+            raise ConfigError(f"no Redis answers at {without_password(url)}: {error.__cause__ or error}") from None
         yield redis
 
 
