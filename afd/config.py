@@ -70,7 +70,11 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     model: Path = Field(description="directory of the Hugging Face checkpoint")
-    redis: str = Field(description="URL of the Redis that holds the mesh's state", pattern=r"^(rediss?|unix)://")
+    redis: str = Field(
+        description="URL of the Redis that holds the mesh's state; docs/redis.md has the forms",
+        pattern=r"^(rediss?(\+(sentinel|cluster))?|unix)://",
+    )
+    redis_ca: Path | None = Field(None, description="certificates of the authority that Redis's TLS is checked by")
     mesh: str = Field("default", description="replicas see only those of the same mesh", pattern=r"^[\w.-]+$")
     replica_id: str = Field(
         default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
@@ -139,6 +143,12 @@ class AttentionSettings(ComputeSettings):
         30.0, description="longest wait for one FFN answer before its replica counts as lost"
     )
     ffn_recovery_s: Seconds = Field(30.0, description="longest wait for a lost FFN shard before its requests fail")
+    journal_patience_s: Seconds = Field(
+        10.0, description="longest that tokens are held back while Redis does not take them, before their requests fail"
+    )
+    journal_held_tokens: Count = Field(
+        100_000, description="most tokens held back, of all requests; those beyond them fail their requests"
+    )
 
     @property
     def microbatch_counts(self) -> range:
@@ -200,5 +210,5 @@ def _sentences(error: ValidationError) -> Iterable[str]:
             yield f"{name} is not set"
         else:
             reason = problem["msg"].removeprefix("Value error, ")
-            value = re.sub(r"//[^/@]*@", "//***@", str(problem["input"]))  # no passwords of URLs in logs
+            value = re.sub(r"//.*@", "//***@", str(problem["input"]))  # no passwords of URLs in logs
             yield f"{name}={value}: {reason[0].lower()}{reason[1:]}"

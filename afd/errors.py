@@ -13,6 +13,7 @@ AfdError
 ├── ConfigError         a setting, file or port that cannot work    (ends the process)
 │   └── CheckpointError a model directory that cannot be served
 └── InternalError       a fault of ours                             INTERNAL              500
+    └── JournalGap      Redis has lost tokens that were journaled
 """
 
 from __future__ import annotations
@@ -95,6 +96,14 @@ class CheckpointError(ConfigError):
 
 class InternalError(AfdError):
     """A fault of ours."""
+
+
+class JournalGap(InternalError):
+    """Redis has lost tokens that were journaled; `num_tokens` of the journal are left."""
+
+    def __init__(self, message: str, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
 
 
 def error_for_grpc_code(code: str, message: str) -> AfdError:

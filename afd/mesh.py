@@ -177,6 +177,11 @@ class Mesh:
                 service.environment["OMP_WAIT_POLICY"] = "passive"  # torch's threads must not hold the others' cores
 
     @property
+    def _redis_ca(self) -> Path | None:
+        ca = self.options.settings.get("redis_ca") or os.environ.get("AFD_REDIS_CA")
+        return Path(ca) if ca else None
+
+    @property
     def gateway(self) -> Replica:
         replica = self.services[-1].replica
         assert replica is not None
@@ -223,7 +228,7 @@ class Mesh:
 
     async def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.startup_timeout_s
-        async with connect(self.redis_url) as redis:
+        async with connect(self.redis_url, self._redis_ca) as redis:
             registry = Registry(redis, lease_s=1.0, mesh=self.name)
             while not all(service.replica for service in self.services):
                 for service in self.services:

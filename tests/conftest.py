@@ -123,6 +123,7 @@ def start_mesh() -> StartMesh:
         device: str = "cpu",
         microbatches: int | str = 2,
         ffn_replicas: int = 1,
+        redis: str | None = None,
         **settings: object,
     ) -> Iterator[Mesh]:
         options = MeshOptions(
@@ -133,6 +134,7 @@ def start_mesh() -> StartMesh:
             microbatches=str(microbatches),
             dtype="float32",
             device=device,
+            redis=redis,
             threads=1,
             settings={name: str(value) for name, value in settings.items()},
         )

@@ -1,4 +1,4 @@
-"""What outlives a process, held by the embedded redis-server and by an ordinary one."""
+"""What outlives a process, held by the embedded redis-server, by an ordinary one, and by a Cluster."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from afd.errors import AfdError, ConfigError, PeerUnavailable, StaleEpoch
-from afd.state import connection
+from afd.state import connection, requests
 from afd.state.connection import connect, without_password
 from afd.state.embedded import redis_server_binary
 from afd.state.registry import Registry, Replica
 from afd.state.requests import JournaledToken, JournalEntry, RequestRecord, RequestStore, SequenceKey
 from tests.conftest import embedded_redis
+from tests.redis_servers import cluster_servers, cluster_url
 
 KEY = SequenceKey("r1")
 RECORD = RequestRecord(prompt_ids=(5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1")
@@ -58,12 +59,19 @@ def tcp_redis() -> Iterator[str]:
             process.wait()
 
 
+@contextlib.contextmanager
+def cluster_redis() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory, cluster_servers(Path(directory)) as servers:
+        yield cluster_url(servers)
+
+
 SERVERS = {"embedded": embedded_redis, "redis-server": tcp_redis}
+KINDS = {**SERVERS, "cluster": cluster_redis}
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(scope="module", params=KINDS)
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
-    with SERVERS[request.param]() as url:
+    with KINDS[request.param]() as url:
         yield url
 
 
@@ -93,6 +101,10 @@ async def wait_for(registry: Registry, expected: list[Replica]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def lasting_keys(redis: Redis) -> list[bytes]:
+    return [key for key in await redis.keys("*") if await redis.pttl(key) < 0]
+
+
 # --- who is alive ---
 
 
@@ -102,7 +114,7 @@ async def test_a_replica_is_seen_at_once_and_gone_at_once_when_it_leaves(redis: 
         assert await registry.replicas("ffn") == [REPLICA]
         assert await registry.replicas("attention") == []
     assert await registry.replicas("ffn") == []
-    assert await redis.keys("*") == []
+    assert await lasting_keys(redis) == []
 
 
 async def test_a_replica_that_does_not_renew_its_lease_is_gone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +123,7 @@ async def test_a_replica_that_does_not_renew_its_lease_is_gone(redis: Redis, mon
     async with registry.registered(lambda: REPLICA):
         assert await registry.replicas("ffn") == [REPLICA]
         await wait_for(registry, [])
-        assert await redis.keys("*") == []
+        assert await lasting_keys(redis) == []
 
 
 async def test_a_living_replica_is_never_gone(redis: Redis) -> None:
@@ -185,8 +197,9 @@ async def test_watchers_go_on_after_their_connections_were_cut(redis: Redis, mon
     registry = Registry(redis, lease_s=60)
     async with asyncio.timeout(PATIENCE_S), contextlib.aclosing(registry.watch("ffn")) as changes:
         assert await anext(changes) == []
-        await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-        await redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        everywhere = {"target_nodes": RedisCluster.ALL_NODES} if isinstance(redis, RedisCluster) else {}
+        await redis.execute_command("CLIENT KILL", "TYPE", "pubsub", **everywhere)
+        await redis.execute_command("CLIENT KILL", "TYPE", "normal", "SKIPME", "yes", **everywhere)
         async with registry.registered(lambda: REPLICA):
             assert await anext(changes) == [REPLICA]
 
@@ -266,6 +279,16 @@ async def test_sequences_and_choices_have_journals_of_their_own(store: RequestSt
     await store.create(other, RECORD)
     await store.append([*entries(0), *entries(0, 1, key=other)])
     assert (await token_ids(store), await token_ids(store, other)) == ([100], [100, 101])
+
+
+@pytest.mark.parametrize("request_id", ["}", "{}", "a}b", "{a}{b", "%7D"])
+async def test_a_request_id_may_have_braces(store: RequestStore, request_id: str) -> None:
+    key = SequenceKey(request_id)
+    await store.create(key, RECORD)
+    assert await store.append(entries(0, key=key)) == [None]
+    await store.finish(key, 1, "finished")
+    assert await store.record(key) == replace(RECORD, status="finished")
+    assert await token_ids(store, key) == [100]
 
 
 async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store: RequestStore) -> None:
@@ -454,6 +477,34 @@ async def test_a_frozen_redis_is_an_unavailable_peer_and_may_wake_up(mortal_redi
     assert await token_ids(store) == [100]
 
 
+async def test_a_master_that_became_a_replica_is_an_unavailable_peer_until_it_is_one_again(mortal_redis: Redis) -> None:
+    store = RequestStore(mortal_redis, 60)
+    await store.create(KEY, RECORD)
+    await mortal_redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+    for refused in (store.append(entries(0)), store.finish(KEY, 1, "failed"), store.create(KEY, RECORD)):
+        with pytest.raises(PeerUnavailable):
+            await refused
+    await mortal_redis.execute_command("REPLICAOF", "NO", "ONE")
+    assert await store.append(entries(0)) == [None]
+
+
+async def test_a_request_that_begins_waits_a_short_time_for_redis(
+    mortal_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PATIENCE_S", 1.0)
+    store, pid = RequestStore(mortal_redis, 60), (await mortal_redis.info("server"))["process_id"]
+    os.kill(pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(0.5, os.kill, pid, signal.SIGCONT)
+    await store.create(KEY, RECORD)
+    assert await store.record(KEY) == RECORD
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(PeerUnavailable, match=r"Redis does not answer: .* \(asked for 1 s\)"):
+            await asyncio.wait_for(store.create(SequenceKey("r2"), RECORD), 2.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def test_a_replica_leaves_quietly_when_redis_is_gone(mortal_redis: Redis) -> None:
     async with asyncio.timeout(PATIENCE_S), Registry(mortal_redis, 60).registered(lambda: REPLICA):
         await send_signal(mortal_redis, signal.SIGKILL)
@@ -474,7 +525,12 @@ async def test_a_url_without_a_redis_behind_it_is_one_sentence_without_the_passw
     ("url", "shown"),
     [
         ("redis://user:pw@host:7000/1?timeout=3", "redis://user:***@host:7000/1?timeout=3"),
-        ("rediss://:pw@host", "rediss://:***@host:6379"),
+        ("rediss://:pw@host", "rediss://:***@host"),
+        ("redis://u:p@ss/w#rd%2@host:1/0", "redis://u:***@host:1/0"),
+        ("unix://u:pw@/tmp/redis.sock", "unix://u:***@/tmp/redis.sock"),
+        ("redis+sentinel://u:p/w@a:1,b:2/main", "redis+sentinel://u:***@a:1,b:2/main"),
+        ("rediss+sentinel://a/main?sentinel_password=pw&x=1", "rediss+sentinel://a/main?sentinel_password=***&x=1"),
+        ("redis+cluster://:pw@a:1,b:2", "redis+cluster://:***@a:1,b:2"),
         ("redis://host:1", "redis://host:1"),
         ("unix:///tmp/redis.sock", "unix:///tmp/redis.sock"),
     ],

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from afd.errors import ConfigError
 from afd.processes import start_child
@@ -86,7 +88,7 @@ class EmbeddedRedis:
 
 
 def _answers(path: Path) -> bool:
-    client = redis.Redis(unix_socket_path=str(path))
+    client = redis.Redis(unix_socket_path=str(path), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
     try:
         return bool(client.ping())
     except redis.RedisError:

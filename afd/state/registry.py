@@ -6,21 +6,49 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, cast
 
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
 from afd.errors import PeerUnavailable
-from afd.state.connection import translated_errors
+from afd.state.connection import RETRY_PAUSE_S, translated_errors
 
 log = logging.getLogger(__name__)
 
 Role = Literal["gateway", "attention", "ffn"]
 _POLL_S = 1.0
+_ANSWER_S = 1.0  # a question that takes longer comes too late to be of use
+_GONE_S = 60.0  # how long it is remembered that a replica left, or that its lease expired
+_LEFT, _EXPIRED = b"left", b"expired"
+
+# KEYS: lease, names, gone. ARGV: name, description, lease in ms. 1 if nobody knew of this replica.
+_RENEW = """
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+redis.call('HDEL', KEYS[3], ARGV[1])
+return redis.call('SADD', KEYS[2], ARGV[1])
+"""
+# KEYS: lease, names, gone. ARGV: name, ms to remember it.
+_LEAVE = """
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[1])
+redis.call('HSET', KEYS[3], ARGV[1], 'left')
+redis.call('PEXPIRE', KEYS[3], ARGV[2])
+return 1
+"""
+# KEYS: lease, names, gone. ARGV: name, ms to remember it. A lease that was renewed meanwhile stays.
+_EXPIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 or redis.call('SREM', KEYS[2], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[3], ARGV[1], 'expired')
+redis.call('PEXPIRE', KEYS[3], ARGV[2])
+return 1
+"""
 _LAYOUT_LEASES = 10  # how long a layout is known that nobody uses any more
 _NO_EPOCH = 0
 
@@ -78,14 +106,53 @@ class Replica:
         return cls(**values)
 
 
+class _View:
+    """What a watcher knows of a role. Gone is who left, and whose lease expired while Redis was there to renew it. Whom
+    Redis merely does not know any more, after an outage or a loss of data, has a lease's time to come back."""
+
+    def __init__(self, lease_s: float) -> None:
+        self.lease_s = lease_s
+        self._known: dict[str, Replica] = {}
+        self._missing_since_s: dict[str, float] = {}
+        self._answers_since_s: float | None = -math.inf
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return [self._known[name] for name in sorted(self._known)]
+
+    def outage(self) -> bool:
+        """Redis does not answer. True if it did before."""
+        is_new = self._answers_since_s is not None
+        self._answers_since_s = None
+        self._missing_since_s.clear()
+        return is_new
+
+    def update(self, entries: dict[str, Replica], gone: dict[str, bytes], now_s: float) -> None:
+        """Redis has these entries, and remembers that those names are gone."""
+        if self._answers_since_s is None:
+            self._answers_since_s = now_s
+        for name in entries:
+            self._missing_since_s.pop(name, None)
+        for name in self._known.keys() - entries.keys():
+            missing_s = now_s - self._missing_since_s.setdefault(name, now_s)
+            had_time = now_s - self._answers_since_s >= self.lease_s
+            if gone.get(name) == _LEFT or (gone.get(name) == _EXPIRED and had_time) or missing_s >= self.lease_s:
+                del self._known[name], self._missing_since_s[name]
+        self._known |= entries
+
+
 class Registry:
-    """Leases in Redis: a key per replica with an expiry, a set of names per role, a channel that says "look again"."""
+    """Leases in Redis: a key per replica with an expiry; per role a set of names, and for a while the names of those
+    that are gone; a channel that says "look again". The braces keep a mesh's keys on one node of a Redis Cluster."""
 
     def __init__(self, redis: Redis, lease_s: float, mesh: str = "default") -> None:
         self.redis = redis
         self.lease_s = lease_s
         self.mesh = mesh
-        self._channel = f"afd:membership:{mesh}"
+        self._channel = f"afd:membership:{{{mesh}}}"
+        self._renew_script = redis.register_script(_RENEW)
+        self._leave_script = redis.register_script(_LEAVE)
+        self._expire_script = redis.register_script(_EXPIRE)
         self._keep_layout = redis.register_script(_KEEP_LAYOUT)
         self._set_layout = redis.register_script(_SET_LAYOUT)
 
@@ -105,36 +172,65 @@ class Registry:
 
     async def replicas(self, role: Role) -> list[Replica]:
         """The replicas of a role that hold a lease, by name. Raises PeerUnavailable without Redis."""
-        async with translated_errors():
-            members = cast(set[bytes], await self.redis.smembers(self._names_key(role)))
-            names = sorted(name.decode() for name in members)
-            found = await asyncio.gather(*(self.redis.get(self._key(role, name)) for name in names))
-            entries = cast(list[bytes | None], found)
-            gone = [name for name, entry in zip(names, entries, strict=True) if entry is None]
-            if gone:
-                await self.redis.srem(self._names_key(role), *gone)
-        return [Replica.decode(entry) for entry in entries if entry is not None]
+        entries, _ = await self._look(role)
+        return [entries[name] for name in sorted(entries)]
 
     async def watch(self, role: Role) -> AsyncIterator[list[Replica]]:
-        """The replicas of a role now, and again after each change: by notification, and by polling behind it."""
-        last: list[Replica] | None = None
-        async with self.redis.pubsub() as changes:
-            while True:
+        """The replicas of a role now, and again after each change: by notification, and by polling behind it.
+
+        While Redis does not answer they are those that were known last. After that, and after a restart without data,
+        a replica that is missing has the time of a lease to come back before it counts as gone.
+        """
+        view, last = _View(self.lease_s), None
+        while True:
+            async with self.redis.pubsub() as changes:
                 try:
-                    async with translated_errors():
-                        if not changes.subscribed:
-                            await changes.subscribe(self._channel)
-                    current = await self.replicas(role)
+                    while True:
+                        await self._update(view, role, changes)
+                        if view.replicas != last:
+                            last = view.replicas
+                            yield view.replicas
+                        await self._wait_for_change(changes)
                 except PeerUnavailable as error:
-                    log.warning("membership is not known for now: %s", error)
-                    await asyncio.sleep(_POLL_S)
-                    continue
-                if current != last:
-                    last = current
-                    yield current
-                with contextlib.suppress(PeerUnavailable):
-                    async with translated_errors():
-                        await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
+                    if view.outage():
+                        log.warning("membership is what it was, for now: %s", error)
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _update(self, view: _View, role: Role, changes: PubSub) -> None:
+        await self._subscribe(changes)
+        asked_s = time.monotonic()
+        entries, gone = await self._look(role)
+        now_s = time.monotonic()
+        if now_s - asked_s > max(_POLL_S, self.lease_s / 2):
+            view.outage()  # it was frozen: no renewal came through either
+        view.update(entries, gone, now_s)
+
+    async def _subscribe(self, changes: PubSub) -> None:
+        if not changes.subscribed:
+            async with translated_errors():
+                await changes.subscribe(self._channel)
+
+    async def _wait_for_change(self, changes: PubSub) -> None:
+        """Returns when there is one, or when it is time to look anyway."""
+        async with translated_errors(_POLL_S + _ANSWER_S):
+            await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
+
+    async def _look(self, role: Role) -> tuple[dict[str, Replica], dict[str, bytes]]:
+        """By name, the replicas that hold a lease, and how those went that are gone."""
+        async with translated_errors():
+            members, left = await asyncio.gather(
+                cast(Awaitable[set[bytes]], self.redis.smembers(self._names_key(role))),
+                cast(Awaitable[dict[bytes, bytes]], self.redis.hgetall(self._gone_key(role))),
+            )
+            names = [name.decode() for name in members]
+            keys = [self._key(role, name) for name in names]
+            found = cast(list[bytes | None], await self.redis.mget(keys) if keys else [])
+        entries = {name: Replica.decode(text) for name, text in zip(names, found, strict=True) if text is not None}
+        gone = {name.decode(): how for name, how in left.items()}
+        for name in set(names) - entries.keys():
+            if await self._expire(role, name):
+                gone[name] = _EXPIRED
+        return entries, gone
 
     async def keep_layout(self, known: Layout) -> Layout:
         """The layout that counts; `known`, which is written then, where Redis has none or an older one. Raises
@@ -152,53 +248,67 @@ class Registry:
         return Layout(int(epoch), num_shards)
 
     async def watch_layout(self, known: Layout) -> AsyncIterator[Layout]:
-        """The layout that counts, and again after each change."""
+        """The layout that counts now, and again after each change."""
         last: Layout | None = None
-        async for _ in self._changes():
-            with contextlib.suppress(PeerUnavailable):
-                known = await self.keep_layout(known)
-                if known != last:
-                    last = known
-                    yield known
-
-    async def _changes(self) -> AsyncIterator[None]:
-        """When it may be time to look again: at each notification, and every now and then."""
-        async with self.redis.pubsub() as changes:
-            while True:
-                try:
-                    async with translated_errors():
-                        if not changes.subscribed:
-                            await changes.subscribe(self._channel)
-                            yield
-                        await changes.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
-                    yield
-                except PeerUnavailable:
-                    await asyncio.sleep(_POLL_S)
+        while True:
+            async with self.redis.pubsub() as changes:
+                with contextlib.suppress(PeerUnavailable):
+                    while True:
+                        await self._subscribe(changes)
+                        known = await self.keep_layout(known)
+                        if known != last:
+                            last = known
+                            yield known
+                        await self._wait_for_change(changes)
+            await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _keep_renewing(self, describe: Callable[[], Replica]) -> None:
+        """Three times in a lease; after a failure at once, so that it is renewed as soon as Redis is back."""
+        is_late = False
         while True:
-            await asyncio.sleep(self.lease_s / 3)
+            await asyncio.sleep(min(RETRY_PAUSE_S, self.lease_s / 3) if is_late else self.lease_s / 3)
             try:
-                await self._renew(describe())
+                if await self._renew(describe()):
+                    await self._notify()
             except PeerUnavailable as error:
-                log.warning("the lease could not be renewed: %s", error)
+                if not is_late:
+                    log.warning("the lease could not be renewed: %s", error)
+                is_late = True
+            else:
+                is_late = False
 
-    async def _renew(self, replica: Replica) -> None:
-        async with translated_errors():
-            await self.redis.set(
-                self._key(replica.role, replica.replica_id), replica.encode(), px=max(1, int(self.lease_s * 1000))
+    async def _renew(self, replica: Replica) -> bool:
+        """True if Redis did not know of this replica."""
+        async with translated_errors(max(_ANSWER_S, self.lease_s / 3)):
+            is_new = await self._renew_script(
+                keys=self._keys(replica.role, replica.replica_id),
+                args=[replica.replica_id, replica.encode(), max(1, int(self.lease_s * 1000))],
             )
-            await self.redis.sadd(self._names_key(replica.role), replica.replica_id)
+        return bool(is_new)
 
     async def _leave(self, replica: Replica) -> None:
         async with translated_errors():
-            await self.redis.delete(self._key(replica.role, replica.replica_id))
-            await self.redis.srem(self._names_key(replica.role), replica.replica_id)
-            await self._notify()
+            await self._leave_script(
+                keys=self._keys(replica.role, replica.replica_id), args=[replica.replica_id, self._gone_ms]
+            )
+        await self._notify()
+
+    async def _expire(self, role: Role, replica_id: str) -> bool:
+        """Notes that a lease has expired; False if somebody else has, or if it was renewed just now."""
+        async with translated_errors():
+            keys = self._keys(role, replica_id)
+            return bool(await self._expire_script(keys=keys, args=[replica_id, self._gone_ms]))
 
     async def _notify(self) -> None:
         async with translated_errors():
             await self.redis.publish(self._channel, "changed")
+
+    @property
+    def _gone_ms(self) -> int:
+        return int(max(_GONE_S, 2 * self.lease_s) * 1000)
+
+    def _keys(self, role: Role, replica_id: str) -> list[str]:
+        return [self._key(role, replica_id), self._names_key(role), self._gone_key(role)]
 
     @property
     def _layout_ttl_ms(self) -> int:
@@ -206,10 +316,13 @@ class Registry:
 
     @property
     def _layout_key(self) -> str:
-        return f"afd:layout:{self.mesh}"
+        return f"afd:layout:{{{self.mesh}}}"
 
     def _key(self, role: Role, replica_id: str) -> str:
-        return f"afd:replica:{self.mesh}:{role}:{replica_id}"
+        return f"afd:replica:{{{self.mesh}}}:{role}:{replica_id}"
 
     def _names_key(self, role: Role) -> str:
-        return f"afd:replicas:{self.mesh}:{role}"
+        return f"afd:replicas:{{{self.mesh}}}:{role}"
+
+    def _gone_key(self, role: Role) -> str:
+        return f"afd:gone:{{{self.mesh}}}:{role}"

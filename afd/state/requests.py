@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, cast
@@ -11,10 +12,12 @@ from typing import Literal, Self, cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
-from afd.errors import AfdError, PeerUnavailable, StaleEpoch
-from afd.state.connection import translated_errors
+from afd.errors import AfdError, JournalGap, PeerUnavailable, StaleEpoch
+from afd.state.connection import patiently, translated_errors
 
 log = logging.getLogger(__name__)
+
+_PATIENCE_S = 2.0  # of a request that begins, or moves
 
 # `left`: its client has gone, and may come back; `failed`: it may be tried again, too.
 Status = Literal["running", "finished", "cancelled", "left", "failed"]
@@ -41,16 +44,16 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 """
-# KEYS: record, journal. ARGV: the epoch known, TTL in ms, owner, prompt_ids, sampling, then the packed tokens known.
-# Begins a new epoch, unless there is one already that is not known; what was lost is written again.
+# KEYS: record, journal. ARGV: the epoch known, TTL in ms, a name for this claim, owner, prompt_ids, sampling, then the
+# packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is written again.
 _TAKE_OVER = """
 local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
-if epoch > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
-epoch = ARGV[1] + 1
-redis.call('HSET', KEYS[1], 'epoch', epoch, 'status', 'running', 'owner', ARGV[3])
-redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[4], 'sampling', ARGV[5])
-for index = redis.call('XLEN', KEYS[2]), #ARGV - 6 do
-  redis.call('XADD', KEYS[2], (index + 1) .. '-0', 't', ARGV[index + 6])
+local is_own = redis.call('HGET', KEYS[1], 'claim') == ARGV[3]
+if epoch > tonumber(ARGV[1]) and not is_own then return redis.error_reply('STALE ' .. epoch) end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1] + 1, 'claim', ARGV[3], 'status', 'running', 'owner', ARGV[4])
+redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[5], 'sampling', ARGV[6])
+for index = redis.call('XLEN', KEYS[2]), #ARGV - 7 do
+  redis.call('XADD', KEYS[2], (index + 1) .. '-0', 't', ARGV[index + 7])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
@@ -135,7 +138,10 @@ class RequestStore:
             return False
 
     async def create(self, key: SequenceKey, record: RequestRecord) -> int:
-        """Writes the record of a sequence that begins, in place of an earlier one's; returns its epoch."""
+        """Writes the record of a sequence that begins, in place of an earlier one's; returns its epoch.
+
+        While Redis does not answer it is asked again for a short time; PeerUnavailable when that is over.
+        """
         fields: dict[str, str | bytes] = {
             "prompt_ids": _pack_ids(record.prompt_ids),
             "sampling": record.sampling,
@@ -143,8 +149,12 @@ class RequestStore:
             "status": record.status,
         }
         pairs = [part for pair in fields.items() for part in pair]
-        async with translated_errors():
-            return int(await self._create(keys=[_record_key(key), _journal_key(key)], args=[self.ttl_ms, *pairs]))
+
+        async def ask() -> int:
+            async with translated_errors():
+                return int(await self._create(keys=[_record_key(key), _journal_key(key)], args=[self.ttl_ms, *pairs]))
+
+        return await patiently(ask, _PATIENCE_S)
 
     async def take_over(
         self, key: SequenceKey, record: RequestRecord, tokens: Sequence[JournaledToken] = ()
@@ -153,34 +163,40 @@ class RequestStore:
         more; returns what is journaled. `tokens`, which are known to be in the journal, and the record are written
         again if Redis has lost them.
 
-        Raises StaleEpoch if somebody else has taken it over since record.epoch.
+        Raises StaleEpoch if somebody else has taken it over since record.epoch, and PeerUnavailable as `create` does.
         """
-        known: list[str | bytes] = [record.owner, _pack_ids(record.prompt_ids), record.sampling]
+        claim = uuid.uuid4().bytes
+        owner, prompt_ids = record.owner, _pack_ids(record.prompt_ids)
+        known: list[int | str | bytes] = [record.epoch, self.ttl_ms, claim, owner, prompt_ids, record.sampling]
         known += [token.pack() for token in tokens]
-        async with translated_errors():
-            try:
-                found = await self._take_over(
-                    keys=[_record_key(key), _journal_key(key)], args=[record.epoch, self.ttl_ms, *known]
-                )
-            except ResponseError as error:
-                if refusal := _refusal(key, record.epoch, error):
-                    raise refusal from None
-                raise
-        return [JournaledToken.unpack(fields[1]) for _, fields in found]
+
+        async def ask() -> list[JournaledToken]:
+            async with translated_errors():
+                try:
+                    found = await self._take_over(keys=[_record_key(key), _journal_key(key)], args=known)
+                except ResponseError as error:
+                    if _is_refusal(error) and (refusal := _refusal(key, record.epoch, error)):
+                        raise refusal from None
+                    raise
+            return [JournaledToken.unpack(fields[1]) for _, fields in found]
+
+        return await patiently(ask, _PATIENCE_S)
 
     async def append(self, entries: Sequence[JournalEntry]) -> list[AfdError | None]:
-        """Journals tokens, all in one round trip; for each entry None, or why it was refused: StaleEpoch for an owner
-        whose time is over, PeerUnavailable where tokens before it are missing.
+        """Journals tokens, all in one round trip; for each entry None, or why it is not there: StaleEpoch for an owner
+        whose time is over, JournalGap where tokens before it are missing, PeerUnavailable if it may be tried again.
 
-        Writing a token again is harmless. Raises PeerUnavailable without Redis.
+        Writing a token again is harmless. Raises PeerUnavailable where none could be written.
         """
         async with translated_errors():
-            try:
-                replies = await self._append_all(entries)
-            except NoScriptError:
+            replies = await self._append_all(entries)
+            if any(isinstance(reply, NoScriptError) for reply in replies):
                 await self.redis.script_load(_APPEND)
                 replies = await self._append_all(entries)
-        return [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
+        results = [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
+        if entries and all(isinstance(result, PeerUnavailable) for result in results):
+            raise cast(PeerUnavailable, results[0])
+        return results
 
     async def _append_all(self, entries: Sequence[JournalEntry]) -> list[object]:
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -195,11 +211,7 @@ class RequestStore:
                     entry.token.pack(),
                     self.ttl_ms,
                 )
-            replies = cast(list[object], await pipe.execute(raise_on_error=False))
-        for reply in replies:
-            if isinstance(reply, Exception) and not _is_refusal(reply):
-                raise reply
-        return replies
+            return cast(list[object], await pipe.execute(raise_on_error=False))
 
     async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
@@ -231,11 +243,13 @@ class RequestStore:
 
 def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
     """What a reply of the scripts refuses, if it does."""
-    if not _is_refusal(reply):
+    if not isinstance(reply, Exception):
         return None
+    if not _is_refusal(reply):
+        return PeerUnavailable(f"Redis does not answer: {reply}")
     kind, value = str(reply).split()
     if kind == "GAP":
-        return PeerUnavailable(f"request {key.request_id}: its journal was lost, it has {value} tokens")
+        return JournalGap(f"request {key.request_id}: its journal was lost, it has {value} tokens", int(value))
     return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
 
 
@@ -248,9 +262,13 @@ def _pack_ids(ids: Sequence[int]) -> bytes:
 
 
 def _record_key(key: SequenceKey) -> str:
-    """The braces keep a request's keys on one node of a Redis Cluster."""
-    return f"afd:request:{{{key.request_id}}}:{key.choice}"
+    return f"afd:request:{_tag(key)}:{key.choice}"
 
 
 def _journal_key(key: SequenceKey) -> str:
-    return f"afd:journal:{{{key.request_id}}}:{key.choice}"
+    return f"afd:journal:{_tag(key)}:{key.choice}"
+
+
+def _tag(key: SequenceKey) -> str:
+    """The braces keep a request's keys on one node of a Redis Cluster."""
+    return "{" + key.request_id.replace("%", "%25").replace("}", "%7D") + "}"

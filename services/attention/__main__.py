@@ -62,9 +62,10 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     loop = asyncio.get_running_loop()
     compute = ComputeThread(settings.threads, settings.cpus)
 
-    async with connect(settings.redis) as redis:
+    async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
-        journal = Journal(RequestStore(redis, settings.journal_ttl_s))
+        store = RequestStore(redis, settings.journal_ttl_s)
+        journal = Journal(store, settings.journal_patience_s, settings.journal_held_tokens)
         tracer = StepTracer()
 
         def deliver(deliveries: list[Delivery]) -> None:
@@ -101,7 +102,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
             engine.start(compute)
             try:
                 async with background(journal.run()):
-                    await _serve_engine(settings, checkpoint, engine, max_context_tokens, registry, stop)
+                    await _serve_engine(settings, checkpoint, engine, journal, max_context_tokens, registry, stop)
             finally:
                 await asyncio.to_thread(engine.stop)
 
@@ -146,12 +147,13 @@ async def _serve_engine(
     settings: AttentionSettings,
     checkpoint: Checkpoint,
     engine: Engine,
+    journal: Journal,
     max_context_tokens: int,
     registry: Registry,
     stop: StopSignal,
 ) -> None:
     """Serves and holds a lease until it shall stop; then serves what is open."""
-    prometheus_client.REGISTRY.register(AttentionCollector(engine))
+    prometheus_client.REGISTRY.register(AttentionCollector(engine, journal))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
     servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
 

@@ -9,20 +9,23 @@ from prometheus_client.registry import Collector
 
 from afd.handoff.remote import RemoteFFN
 from services.attention.engine import Engine
+from services.attention.journal import Journal
 from services.attention.timeline import PARTS
 
 
 class AttentionCollector(Collector):
     """Reads the engine's counters when Prometheus asks: the steps pay nothing for it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, journal: Journal) -> None:
         self.engine = engine
+        self.journal = journal
 
     def collect(self) -> Iterator[Metric]:
         yield from self._sequences()
         yield from self._steps()
         yield from self._transports()
         yield from self._handoffs()
+        yield from self._journal()
 
     def _sequences(self) -> Iterator[Metric]:
         scheduler = self.engine.scheduler
@@ -79,6 +82,13 @@ class AttentionCollector(Collector):
             if not self._is_collocated:
                 bubble.add_metric([str(shard)], counters.bubble_ns / 1e9)
         yield from (frames, crossing, queue, compute, bubble)
+
+    def _journal(self) -> Iterator[Metric]:
+        counters = self.journal.counters
+        yield GaugeMetricFamily("afd_journal_held_tokens", "tokens not shown yet", value=self.journal.num_held)
+        yield CounterMetricFamily("afd_journal_writes", "round trips to Redis", value=counters.num_writes)
+        yield CounterMetricFamily("afd_journal_write_seconds", "time of all of them", value=counters.write_s)
+        yield CounterMetricFamily("afd_journal_failures", "of them, without an answer", value=counters.num_failures)
 
     @property
     def _is_collocated(self) -> bool:

@@ -63,7 +63,7 @@ async def _serve_batcher(
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
 
     async with (
-        connect(settings.redis) as redis,
+        connect(settings.redis, settings.redis_ca) as redis,
         serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port,
     ):
         replica = Replica(

@@ -35,7 +35,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
     config = ModelConfig.load(settings.model)
     model_name = settings.served_model_name or settings.model.resolve().name
     tokenizer = Tokenizer(settings.model, config.max_context_tokens)
-    async with connect(settings.redis) as redis:
+    async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
