@@ -122,6 +122,8 @@ def start_mesh() -> StartMesh:
         ffn: int = 1,
         device: str = "cpu",
         microbatches: int | str = 2,
+        redis: str | None = None,
+        tls: Path | None = None,
         **settings: object,
     ) -> Iterator[Mesh]:
         options = MeshOptions(
@@ -131,6 +133,8 @@ def start_mesh() -> StartMesh:
             microbatches=str(microbatches),
             dtype="float32",
             device=device,
+            redis=redis,
+            tls=tls,
             threads=1,
             settings={name: str(value) for name, value in settings.items()},
         )

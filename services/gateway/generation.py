@@ -240,7 +240,7 @@ class Generator:
                     return
             raise PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early")
         except grpc.aio.AioRpcError as error:
-            raise rpc.to_error(error) from None
+            raise rpc.to_peer_error(error) from None
         finally:
             call.cancel()
 
