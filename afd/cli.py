@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from afd import keys
 from afd.client import Client, Stream
 from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
@@ -26,6 +27,7 @@ from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
 from afd.placement import Cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(keys.app, name="keys")
 console = Console()
 notes = Console(stderr=True)
 

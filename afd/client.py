@@ -156,8 +156,9 @@ class Client:
         try:
             await self._stub.GetModel(pb.GetModelRequest(), timeout=1.0, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            hint = "" if self._is_tls else ", and this client does not speak TLS"
-            return f" ({error.details()}{hint})"
+            reason = error.details() or ""
+            hint = "; if it wants TLS, give tls=True or ca" if "Socket closed" in reason and not self._is_tls else ""
+            return f": {reason}{hint}"
         return ""
 
     async def __aexit__(

@@ -65,7 +65,7 @@ def _explained(address: str, error: AfdError) -> AfdError:
     if isinstance(error, PeerUnavailable | DeadlineExceeded):
         return PeerUnavailable(
             f"no FFN shard answers at {address}; give the gRPC address of a running one, as the ready file of `afd up` "
-            "has it"
+            "has it, and --tls if it wants TLS"
         )
     return Mismatch(f"{address} is no FFN shard that can tell what it is ({error}); give the gRPC address of one")
 

@@ -12,12 +12,14 @@ from afd.config import GatewaySettings
 from afd.model.config import ModelConfig
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
+from afd.state.api_keys import ApiKeys
 from afd.state.connection import connect
 from afd.state.registry import Registry, Replica
 from afd.state.requests import RequestStore
 from afd.tls import Certificate
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc
+from services.gateway.auth import Gatekeeper
 from services.gateway.balancer import Balancer
 from services.gateway.generation import Generator
 from services.gateway.http_server import HttpLimits, serving_http
@@ -31,6 +33,8 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 
 async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
+    if not (settings.is_loopback or settings.require_api_key):
+        log.warning("everybody who reaches AFD_HOST=%s may ask; AFD_REQUIRE_API_KEY=1 asks for keys", settings.host)
     config = ModelConfig.load(settings.model)
     model_name = settings.served_model_name or settings.model.resolve().name
     tokenizer = Tokenizer(settings.model, config.max_context_tokens)
@@ -39,8 +43,11 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
         generator = Generator(config, tokenizer, balancer, store, settings.request_timeout_s)
-        servicer = GatewayServicer(generator, model_name, settings.max_body_bytes)
-        app = make_app(generator, model_name, settings.max_body_bytes)
+        gatekeeper = Gatekeeper(
+            ApiKeys(redis), settings.require_api_key, settings.request_timeout_s + settings.journal_ttl_s
+        )
+        servicer = GatewayServicer(generator, gatekeeper, model_name, settings.max_body_bytes)
+        app = make_app(generator, gatekeeper, model_name, settings.max_body_bytes)
 
         certificate = Certificate(settings.public_tls, mutual=False) if settings.public_tls else None
         limits = HttpLimits(settings.max_header_bytes, settings.read_timeout_s)
@@ -51,7 +58,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         def add_services(server: grpc.aio.Server) -> None:
             gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server)
 
-        async with background(balancer.follow()):
+        async with background(balancer.follow()), background(gatekeeper.settle()):
             await balancer.wait_until_ready(settings.startup_timeout_s)
             async with (
                 serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port, access) as grpc_port,

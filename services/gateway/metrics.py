@@ -12,6 +12,7 @@ TTFT = Histogram("gen_ai_server_time_to_first_token_seconds", "from admission to
 TPOT = Histogram("gen_ai_server_time_per_output_token_seconds", "mean time between a choice's tokens", buckets=_BUCKETS)
 DURATION = Histogram("gen_ai_server_request_duration_seconds", "from admission to the last token", buckets=_BUCKETS)
 REQUESTS = Counter("afd_requests", "requests that ended", ["status"])
+REFUSED = Counter("afd_refused_requests", "requests that an API key, or none, was not good for", ["reason"])
 TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
 
 

@@ -10,6 +10,7 @@ from afd.errors import InvalidRequest
 from afd.protocol import sampling_from_proto
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
+from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Generator, Token
 
 _FINISH_REASONS = {
@@ -20,26 +21,34 @@ _FINISH_REASONS = {
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, generator: Generator, model_name: str, max_request_bytes: int) -> None:
+    def __init__(self, generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_request_bytes: int) -> None:
         self.generator = generator
+        self.gatekeeper = gatekeeper
         self.model_name = model_name
         self.max_request_bytes = max_request_bytes
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> AsyncIterator[pb.GenerateResponse]:
         async with rpc.aborting(context):
+            caller = await self._caller(context)
             admitted = self.generator.admit(
                 request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
             started = pb.Started(request_id=admitted.request_id, num_prompt_tokens=len(admitted.prompt_ids))
             yield pb.GenerateResponse(started=started)
-            async with contextlib.aclosing(self.generator.generate(admitted, rpc.metadata_of(context))) as tokens:
+            generated = self.generator.generate(admitted, rpc.metadata_of(context))
+            async with contextlib.aclosing(self.gatekeeper.metered(caller, [admitted], generated)) as tokens:
                 async for token in tokens:
                     yield pb.GenerateResponse(token=_token(token))
 
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
-        return pb.CancelResponse(found=self.generator.cancel(request.request_id))
+        async with rpc.aborting(context):
+            is_own = await self.gatekeeper.owns(await self._caller(context), request.request_id)
+            return pb.CancelResponse(found=is_own and self.generator.cancel(request.request_id))
+        raise AssertionError  # aborting ends the call
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        async with rpc.aborting(context):
+            await self._caller(context)
         config, balancer = self.generator.config, self.generator.balancer
         return pb.GetModelResponse(
             name=self.model_name,
@@ -48,6 +57,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             max_context_tokens=balancer.max_context_tokens,
             eos_token_ids=config.eos_token_ids,
         )
+
+    async def _caller(self, context: rpc.Context) -> Caller:
+        """Raises Unauthenticated."""
+        return await self.gatekeeper.authenticate(rpc.metadata_of(context).get("authorization"))
 
     async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.ByteSize() > self.max_request_bytes:
