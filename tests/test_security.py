@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -25,12 +26,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from afd import Client, SyncClient, tls
+from afd.access import Access
 from afd.certs import Authority, make_certificates
 from afd.cli import main
 from afd.config import AttentionSettings, FFNSettings, GatewaySettings, ServiceSettings, refuse_plain_text
 from afd.errors import ConfigError, PeerUnavailable
 from afd.mesh import Mesh
-from afd.rpc import MAX_MESSAGE_BYTES
+from afd.rpc import MAX_MESSAGE_BYTES, PeerChannel, serving
 from afd.state.connection import connect
 from afd.v1 import attention_pb2, attention_pb2_grpc, ffn_pb2, ffn_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from tests.conftest import Model, StartMesh, embedded_redis
@@ -327,6 +329,25 @@ def test_services_that_come_back_find_one_another_by_the_new_certificates(secure
             time.sleep(0.2)
 
 
+async def test_two_cas_are_good_at_once_while_one_follows_the_other(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        make_certificates(tmp_path / name)
+    both = b"".join((tmp_path / name / "ca.crt").read_bytes() for name in ("old", "new"))
+    (tmp_path / "old" / "attention" / "ca.crt").write_bytes(both)
+    tls.assume(tmp_path / "old" / "attention")
+    try:
+        async with serving(lambda server: None, (), "127.0.0.1", 0, Access.for_peers("gateway")) as port:
+            for name in ("old", "new"):
+                (tmp_path / name / "gateway" / "ca.crt").write_bytes(both)
+                tls.assume(tmp_path / name / "gateway")
+                channel = PeerChannel(f"127.0.0.1:{port}", "attention")
+                check = channel.stub(health_pb2_grpc.HealthStub).Check
+                assert (await check(health_pb2.HealthCheckRequest(), timeout=5)).status == 1
+                await channel.close()
+    finally:
+        tls.assume(None)
+
+
 def test_a_half_replaced_certificate_is_left_until_it_is_whole(certs: Path, tmp_path: Path) -> None:
     authority = Authority.of(certs)
     for name in ("old", "new"):
@@ -348,9 +369,9 @@ def test_a_folder_without_a_certificate_is_refused_by_name(certs: Path, tmp_path
 
 
 def test_keys_are_their_owners_alone_and_renewal_keeps_the_ca(tmp_path: Path) -> None:
-    make_certificates(tmp_path, hosts=["gateway.example.com"])
+    main_of("certs", str(tmp_path), "--host", "gateway.example.com")
     ca, old = (tmp_path / "ca.crt").read_bytes(), (tmp_path / "ffn" / "tls.crt").read_bytes()
-    make_certificates(tmp_path)
+    main_of("certs", str(tmp_path))
     assert (tmp_path / "ca.crt").read_bytes() == ca
     assert (tmp_path / "ffn" / "tls.crt").read_bytes() != old
     keys = list(tmp_path.rglob("*.key"))
@@ -422,12 +443,15 @@ def test_a_request_that_drips_is_given_up(bounded: Bounded) -> None:
 
 
 def test_a_client_that_waits_between_its_requests_is_not_a_slow_one(bounded: Bounded) -> None:
-    host, _, port = str(bounded.mesh.gateway.http_address).rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        for pause_s in (0.9, 0):
-            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            time.sleep(pause_s)
+    connection = http.client.HTTPConnection(str(bounded.mesh.gateway.http_address), timeout=10)
+    connection.connect()
+    own_port = connection.sock.getsockname()[1]
+    for pause_s in (0.9, 0):
+        connection.request("GET", "/v1/models")
+        answer = connection.getresponse()
+        assert (answer.status, bool(answer.read())) == (200, True)
+        time.sleep(pause_s)
+    assert connection.sock.getsockname()[1] == own_port, "it is the same connection"
 
 
 @pytest.fixture
