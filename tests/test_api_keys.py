@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import urllib.error
 import urllib.request
@@ -299,8 +300,6 @@ class Served:
 
 def run(*arguments: str) -> str:
     """What `afd keys` prints."""
-    import io
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main(["keys", *arguments])
