@@ -1,4 +1,5 @@
-"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `doctor`, `make-checkpoint`."""
+"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `doctor`, `certs`, `keys`,
+`make-checkpoint`."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from afd import keys
 from afd.client import Client, Stream
 from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
@@ -25,6 +27,7 @@ from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
 from afd.placement import Cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(keys.app, name="keys")
 console = Console()
 notes = Console(stderr=True)
 
@@ -77,6 +80,12 @@ StartupTimeout = Annotated[
     float, typer.Option(min=1, envvar="AFD_STARTUP_TIMEOUT_S", help="longest wait until all is ready, seconds")
 ]
 Target = Annotated[str, typer.Option("--target", help="the gateway's gRPC address")]
+Tls = Annotated[bool, typer.Option("--tls", help="encrypt, to a gateway with a certificate that this machine trusts")]
+Ca = Annotated[Path | None, typer.Option(envvar="AFD_CA", help="encrypt, to a gateway that this CA has signed")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="AFD_API_KEY", help="of `afd keys create`; others on this machine see options, not variables"),
+]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="longest answer, tokens")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
@@ -96,6 +105,7 @@ def up(
     ] = None,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_GRPC_PORT", help="0: a free one")] = 50051,
     http_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_HTTP_PORT", help="0: a free one")] = 8000,
+    tls: Annotated[Path | None, typer.Option(help="TLS everywhere, with what `afd certs` has made here")] = None,
     cores: CoresOption = Cores.shared,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
@@ -111,6 +121,7 @@ def up(
         dtype=dtype.value,
         device=device,
         redis=redis,
+        tls=tls,
         grpc_port=grpc_port,
         http_port=http_port,
         cores=cores,
@@ -118,8 +129,7 @@ def up(
         startup_timeout_s=startup_timeout,
     )
     with _until_signalled(), running_mesh(options) as mesh:
-        gateway = mesh.gateway
-        notes.print(f"ready: gRPC on {gateway.address}, OpenAI API on http://{gateway.http_address}/v1", soft_wrap=True)
+        notes.print(f"ready: gRPC on {mesh.gateway.address}, OpenAI API on {mesh.http_url}/v1", soft_wrap=True)
         with ready_file_of(mesh, ready_file) if ready_file else contextlib.nullcontext():
             while True:
                 time.sleep(_WATCH_S)
@@ -153,23 +163,33 @@ def generate(
     target: Target = "127.0.0.1:50051",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
+    tls: Tls = False,
+    ca: Ca = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Streams the continuation of a text."""
 
     async def run() -> None:
-        async with Client(target) as client:
+        async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
             await _print(client.generate(prompt, max_tokens=max_tokens, temperature=temperature))
 
     asyncio.run(run())
 
 
 @app.command()
-def chat(target: Target = "127.0.0.1:50051", max_tokens: MaxTokens = None, temperature: Temperature = 0.0) -> None:
+def chat(
+    target: Target = "127.0.0.1:50051",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+    tls: Tls = False,
+    ca: Ca = None,
+    api_key: ApiKey = None,
+) -> None:
     """A conversation; an empty line or the end of the input ends it."""
 
     async def run() -> None:
         messages: list[dict[str, str]] = []
-        async with Client(target) as client:
+        async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
             while line := await asyncio.to_thread(_read_line):
                 messages.append({"role": "user", "content": line})
                 answer = await _print(client.chat(messages, max_tokens=max_tokens, temperature=temperature))
@@ -278,6 +298,9 @@ def doctor(
     require: Annotated[str | None, typer.Option(help="exit status 1 unless this transport can be had")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="of the largest frame that is tried")] = 640,
     spin_us: Annotated[int, typer.Option(min=0, envvar="AFD_HANDOFF_SPIN_US", help="as an attention replica's")] = 50,
+    tls: Annotated[
+        Path | None, typer.Option(envvar="AFD_TLS", help="folder with an attention replica's certificate")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Tries every transport from this host to an FFN shard, as an attention replica here would: why not, or how fast.
@@ -288,9 +311,11 @@ def doctor(
     from afd.doctor import InUse, as_json, check, report
     from afd.handoff.diagnosis import diagnose
     from afd.handoff.negotiate import LADDER
+    from afd.tls import assume
 
     if require is not None and require not in LADDER:
         raise typer.BadParameter(f"--require {require}: the transports are {', '.join(LADDER)}")
+    assume(tls)
     diagnosis = diagnose(ffn, tokens, spin_us / 1e6)
     in_use = InUse.of(attention, diagnosis.ffn) if attention else None
     for part in report(diagnosis, in_use):
@@ -299,6 +324,24 @@ def doctor(
         _write_json(json_file, as_json(diagnosis, in_use))
     if require:
         check(diagnosis, require)
+
+
+@app.command()
+def certs(
+    directory: Annotated[Path, typer.Argument(help="where the CA and a folder for each role are, or will be")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="further name or address by which clients reach the gateway; repeatable")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="how long the certificates are valid")] = 365,
+) -> None:
+    """Makes a CA and a certificate for every role, for `afd up --tls`; once more, it renews those of the roles.
+
+    For a laptop or a test: in a cluster let cert-manager do it.
+    """
+    from afd.certs import make_certificates
+
+    make_certificates(directory, host or (), days)
+    console.print(f"{directory}: give clients {directory / 'ca.crt'}, and keep {directory / 'ca.key'} to yourself")
 
 
 @app.command()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -20,6 +22,7 @@ import grpc.aio
 
 from afd.errors import InternalError, InvalidRequest, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, to_error
+from afd.tls import client_credentials
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
 
@@ -111,22 +114,52 @@ class Stream:
 
 
 class Client:
-    """A connection to a gateway, "host:port"."""
+    """A connection to a gateway, "host:port".
 
-    def __init__(self, target: str) -> None:
+    With `tls` it is encrypted, to a gateway whose certificate this machine trusts, or that `ca` has signed, a file of
+    PEM certificates. `api_key` is what `afd keys create` gave.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: bool = False,
+        ca: str | os.PathLike[str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.target = target
+        self._is_tls = tls or ca is not None
+        self._ca = Path(ca) if ca is not None else None
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
 
     async def __aenter__(self) -> Self:
-        """Raises PeerUnavailable if nothing answers there."""
-        self._channel = grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+        """Raises PeerUnavailable if nothing answers there, or ConfigError if `ca` cannot be read."""
+        self._channel = self._open_channel()
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await self._channel.channel_ready()
         except TimeoutError:
+            reason = await self._reason()
             await self._channel.close()
-            raise PeerUnavailable(f"no gateway answers at {self.target}") from None
+            raise PeerUnavailable(f"no gateway answers at {self.target}{reason}") from None
         return self
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._is_tls:
+            return grpc.aio.secure_channel(self.target, client_credentials(self._ca), options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+
+    async def _reason(self) -> str:
+        """Why the channel does not come up, in gRPC's words."""
+        try:
+            await self._stub.GetModel(pb.GetModelRequest(), timeout=1.0, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or ""
+            hint = "; if it wants TLS, give tls=True or ca" if "Socket closed" in reason and not self._is_tls else ""
+            return f": {reason}{hint}"
+        return ""
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -159,11 +192,13 @@ class Client:
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
         with _our_errors():
-            return bool((await self._stub.Cancel(pb.CancelRequest(request_id=request_id))).found)
+            return bool(
+                (await self._stub.Cancel(pb.CancelRequest(request_id=request_id), metadata=self._metadata)).found
+            )
 
     async def get_model(self) -> Model:
         with _our_errors():
-            model = await self._stub.GetModel(pb.GetModelRequest())
+            model = await self._stub.GetModel(pb.GetModelRequest(), metadata=self._metadata)
         return Model(
             model.name, model.fingerprint, model.vocab_size, model.max_context_tokens, tuple(model.eos_token_ids)
         )
@@ -177,14 +212,21 @@ class Client:
             request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"a sampling parameter is not of its type: {error}") from None
-        return Stream(self._stub.Generate(request))
+        return Stream(self._stub.Generate(request, metadata=self._metadata))
 
 
 class SyncClient:
     """The same without asyncio: a thin form over Client, which runs on a thread of its own."""
 
-    def __init__(self, target: str) -> None:
-        self._client = Client(target)
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: bool = False,
+        ca: str | os.PathLike[str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._client = Client(target, tls=tls, ca=ca, api_key=api_key)
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()

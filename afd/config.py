@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from afd.errors import ConfigError
 
 ENV_PREFIX = "AFD_"
+CLIENT_VARIABLES = ("AFD_API_KEY", "AFD_CA")  # of `afd generate` and `afd chat`; no settings of a service
+PUBLIC = "public"  # the folder of what the gateway shows its clients, beside those of the roles
 _MOST_MICROBATCHES = 64
 _MOST_AUTO_MICROBATCHES = 4  # enough while the way takes no longer than two stages (docs/adr/0007)
 
@@ -83,7 +86,11 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     advertise_host: str | None = Field(None, description="address that others reach this replica by; default: host")
     grpc_port: Port = Field(0, description="port of the gRPC service; 0 takes a free one")
-    metrics_port: Port = Field(0, description="port of Prometheus /metrics; 0 takes a free one")
+    metrics_port: Port = Field(0, description="port of Prometheus /metrics, plain HTTP; 0 takes a free one")
+    tls: Path | None = Field(
+        None, description="folder with tls.crt, tls.key, ca.crt: mutual TLS between services; default: plain text"
+    )
+    insecure: bool = Field(False, description="listen in plain text where others can reach it, too")
     lease_s: Seconds = Field(5.0, description="a replica that has not renewed its lease for so long is gone")
     startup_timeout_s: Seconds = Field(120.0, description="longest wait at the start for the parts this one needs")
     drain_timeout_s: Seconds = Field(30.0, description="longest wait at the stop for requests to end")
@@ -95,6 +102,14 @@ class ServiceSettings(BaseSettings):
     @property
     def advertised_host(self) -> str:
         return self.advertise_host or self.host
+
+    @property
+    def is_loopback(self) -> bool:
+        """Nobody but this machine reaches `host`."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 class ComputeSettings(ServiceSettings):
@@ -171,10 +186,16 @@ class GatewaySettings(ServiceSettings):
     http_port: Port = Field(0, description="port of the OpenAI HTTP API; 0 takes a free one")
     served_model_name: str | None = Field(None, description="the model's name in the API; default: its folder's name")
     max_body_bytes: Count = Field(8 << 20, description="largest request accepted, bytes")
+    max_header_bytes: Count = Field(32 << 10, description="largest HTTP header or gRPC metadata accepted, bytes")
+    read_timeout_s: Seconds = Field(30.0, description="longest time that a request may take to arrive")
     request_timeout_s: Seconds = Field(3600.0, description="longest life of a request without a deadline of its own")
     failover_timeout_s: Seconds = Field(
         60.0, description="longest wait of a request that has begun for an attention replica to go on with it"
     )
+    public_tls: Path | None = Field(
+        None, description="folder with tls.crt, tls.key: TLS for clients, gRPC and HTTP; default: plain text"
+    )
+    require_api_key: bool = Field(False, description="serve only requests with a key of `afd keys create`")
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -193,9 +214,20 @@ def load_settings(kind: type[Settings]) -> Settings:
         raise ConfigError("; ".join(_sentences(error))) from None
 
 
+def refuse_plain_text(settings: ServiceSettings) -> None:
+    """Raises ConfigError where others could read along or come in: plain text on an address that is not loopback."""
+    name = "public_tls" if isinstance(settings, GatewaySettings) else "tls"
+    if not (settings.is_loopback or settings.insecure or getattr(settings, name)):
+        variable = ENV_PREFIX + name.upper()
+        raise ConfigError(
+            f"AFD_HOST={settings.host} can be reached from other machines, so {variable} must name a folder with a "
+            f"certificate (`afd certs` makes one), or AFD_INSECURE=1 say that plain text is meant"
+        )
+
+
 def refuse_unknown_variables(names: Iterable[str]) -> None:
     """Raises ConfigError for an AFD_* name that is a setting of no service, with the closest one that is."""
-    known = {ENV_PREFIX + name.upper() for kind in ALL_SETTINGS for name in kind.model_fields}
+    known = {ENV_PREFIX + name.upper() for kind in ALL_SETTINGS for name in kind.model_fields} | {*CLIENT_VARIABLES}
     for name in names:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             close = difflib.get_close_matches(name.upper(), sorted(known), n=1)

@@ -2,6 +2,8 @@
 
 AfdError
 ├── InvalidRequest      the caller's fault; retrying cannot help    INVALID_ARGUMENT      400
+├── Unauthenticated     no valid API key                            UNAUTHENTICATED       401
+├── PermissionDenied    known, but not allowed                      PERMISSION_DENIED     403
 ├── NotFound            no such model or request                    NOT_FOUND             404
 ├── Cancelled           somebody cancelled the request              CANCELLED             499
 ├── Overloaded          no room now; retry later                    RESOURCE_EXHAUSTED    429
@@ -20,10 +22,17 @@ from __future__ import annotations
 
 
 class AfdError(Exception):
-    """Base of everything this project raises on purpose. The message is one sentence for people."""
+    """Base of everything this project raises on purpose. The message is one sentence for people.
+
+    `retry_after_s` is how long to wait before the same request can succeed, where that is known.
+    """
 
     grpc_code = "INTERNAL"
     http_status = 500
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(AfdError):
@@ -35,6 +44,20 @@ class InvalidRequest(AfdError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class Unauthenticated(AfdError):
+    """No API key where one is needed, or one that is not valid."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+
+
+class PermissionDenied(AfdError):
+    """The caller is who it says it is, but this is not for its role."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class NotFound(AfdError):
@@ -106,15 +129,19 @@ class JournalGap(InternalError):
         self.num_tokens = num_tokens
 
 
-def error_for_grpc_code(code: str, message: str) -> AfdError:
+def error_for_grpc_code(code: str, message: str, retry_after_s: float | None = None) -> AfdError:
     """The error of the tree that a gRPC status (its name, as "UNAVAILABLE") stands for."""
-    return _BY_GRPC_CODE.get(code, InternalError)(message)
+    error = _BY_GRPC_CODE.get(code, InternalError)(message)
+    error.retry_after_s = retry_after_s
+    return error
 
 
 _BY_GRPC_CODE: dict[str, type[AfdError]] = {
     kind.grpc_code: kind
     for kind in (
         InvalidRequest,
+        Unauthenticated,
+        PermissionDenied,
         NotFound,
         Cancelled,
         Overloaded,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afd.config import refuse_unknown_variables
+from afd.config import PUBLIC, refuse_unknown_variables
 from afd.errors import ConfigError
 from afd.model.checkpoint import Checkpoint
 from afd.placement import Cores, Placement, usable_cpus
@@ -46,6 +46,7 @@ class MeshOptions:
     dtype: str = "bfloat16"
     device: str = "cpu"
     redis: str | None = None
+    tls: Path | None = None  # what `afd certs` has made; None is plain text
     grpc_port: int = 0
     http_port: int = 0
     cores: Cores = Cores.shared
@@ -62,6 +63,12 @@ class MeshOptions:
     @property
     def takes_turns(self) -> bool:
         return self.device == "cpu" and self.cores is Cores.shared and self.threads is None
+
+    def tls_settings(self, role: Role) -> dict[str, Any]:
+        if self.tls is None:
+            return {}
+        own = {"tls": self.tls.absolute() / role}
+        return own | {"public_tls": self.tls.absolute() / PUBLIC} if role == "gateway" else own
 
     def placement(self) -> Placement | None:
         """None: every process has `threads` of them, anywhere. Beside GPUs the cores have nothing to share.
@@ -163,7 +170,8 @@ class Mesh:
             *(Service("attention", index, {**attention}) for index in range(options.attention)),
             Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
         ]
-
+        for service in self.services:
+            service.settings |= options.tls_settings(service.role)
         self._place(options.placement())
 
     def _place(self, placement: Placement | None) -> None:
@@ -180,6 +188,11 @@ class Mesh:
     def _redis_ca(self) -> Path | None:
         ca = self.options.settings.get("redis_ca") or os.environ.get("AFD_REDIS_CA")
         return Path(ca) if ca else None
+
+    @property
+    def http_url(self) -> str:
+        is_tls = "public_tls" in self.services[-1].settings or "AFD_PUBLIC_TLS" in os.environ
+        return f"{'https' if is_tls else 'http'}://{self.gateway.http_address}"
 
     @property
     def gateway(self) -> Replica:
@@ -221,7 +234,7 @@ class Mesh:
     def ready_file(self) -> dict[str, Any]:
         return {
             "grpc": self.gateway.address,
-            "http": f"http://{self.gateway.http_address}",
+            "http": self.http_url,
             "redis": without_password(self.options.redis) if self.options.redis else None,
             "processes": [service.describe() for service in self.services],
         }

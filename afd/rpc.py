@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, error_for_grpc_code
+from afd import tls
+from afd.errors import (
+    AfdError,
+    ConfigError,
+    InternalError,
+    InvalidRequest,
+    Mismatch,
+    PermissionDenied,
+    Unauthenticated,
+    error_for_grpc_code,
+)
+
+if TYPE_CHECKING:
+    from afd.access import Access
 
 log = logging.getLogger(__name__)
 
@@ -27,25 +41,91 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+# Within the mesh a peer that is frozen, or cut off, is to be noticed before its lease is over.
+_PEER_OPTIONS = (
+    *CHANNEL_OPTIONS[:2],
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    *CHANNEL_OPTIONS[4:],
+)
 _SERVER_OPTIONS = (
     *CHANNEL_OPTIONS[:4],
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
 )
 
+_RETRY_AFTER = "retry-after"  # seconds, in trailing metadata; as HTTP's header
+
 Context = grpc.aio.ServicerContext[Any, Any]
+Stub = TypeVar("Stub")
 
 
 def to_error(error: grpc.RpcError) -> AfdError:
     """The error of our tree for a failed call."""
     code, details = error.code(), error.details()
-    return error_for_grpc_code(code.name, details or code.name)
+    return error_for_grpc_code(code.name, details or code.name, _retry_after_s(error))
+
+
+def to_peer_error(error: grpc.RpcError) -> AfdError:
+    """The same for a call within the mesh, where to be refused is nobody's fault but the mesh's."""
+    found = to_error(error)
+    return Mismatch(str(found)) if isinstance(found, PermissionDenied | Unauthenticated) else found
+
+
+def _retry_after_s(error: grpc.RpcError) -> float | None:
+    metadata = cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata() or ())
+    with contextlib.suppress(ValueError):
+        return next((float(value) for key, value in metadata if key == _RETRY_AFTER), None)
+    return None  # somebody else's, which is a date
 
 
 async def abort(context: Context, error: AfdError) -> None:
-    """Ends the call with the error's status and sentence."""
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error))
+    """Ends the call with the error's status and sentence, and with when to come again."""
+    metadata = () if error.retry_after_s is None else ((_RETRY_AFTER, f"{error.retry_after_s:.3f}"),)
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), metadata)
+
+
+def connect_peer(address: str, role: str) -> grpc.Channel:
+    """A channel to a service of the mesh: by this process's certificate, as it is now, and to nobody but that role."""
+    certificate = tls.own()
+    if certificate is None:
+        return grpc.insecure_channel(address, options=_PEER_OPTIONS)
+    credentials = tls.peer_credentials(certificate.pem())
+    return grpc.secure_channel(address, credentials, options=(*_PEER_OPTIONS, tls.pinned(role)))
+
+
+class PeerChannel:
+    """The same for asyncio, and for long: once the certificate is replaced, new calls go through a new connection;
+    those that are open end where they began."""
+
+    def __init__(self, address: str, role: str) -> None:
+        self.address = address
+        self.role = role
+        self._certificate = tls.own()
+        self._pem: tls.Pem | None = None
+        self._channel = self._connect()
+        self._stubs: dict[Callable[[grpc.aio.Channel], Any], Any] = {}
+
+    def stub(self, kind: Callable[[grpc.aio.Channel], Stub]) -> Stub:
+        """A stub for calls that begin now."""
+        if self._certificate and self._certificate.pem() is not self._pem:
+            self._channel = self._connect()  # the old one closes itself behind its last call
+            self._stubs.clear()
+        if kind not in self._stubs:
+            self._stubs[kind] = kind(self._channel)
+        stub: Stub = self._stubs[kind]
+        return stub
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _connect(self) -> grpc.aio.Channel:
+        if self._certificate is None:
+            return grpc.aio.insecure_channel(self.address, options=_PEER_OPTIONS)
+        self._pem = self._certificate.pem()
+        options = (*_PEER_OPTIONS, tls.pinned(self.role))
+        return grpc.aio.secure_channel(self.address, tls.peer_credentials(self._pem), options=options)
 
 
 def metadata_of(context: Context) -> dict[str, str]:
@@ -103,23 +183,29 @@ async def _refuse_undecodable(request: Any, context: Context) -> None:
 
 @asynccontextmanager
 async def serving(
-    add_services: Callable[[grpc.aio.Server], None], service_names: tuple[str, ...], host: str, port: int
+    add_services: Callable[[grpc.aio.Server], None],
+    service_names: tuple[str, ...],
+    host: str,
+    port: int,
+    access: Access | None = None,
 ) -> AsyncIterator[int]:
     """Runs a gRPC server with health and reflection while the block runs; yields its port.
 
-    Raises ConfigError if the port is taken.
+    Without `access` everybody may call it, in plain text. Raises ConfigError if the port is taken.
     """
     # Imported here: the SDK uses this module too, and is installed without them.
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[_RefuseUndecodable()])
+    interceptors = [*(access.interceptors if access else ()), _RefuseUndecodable()]
+    options = {**dict(_SERVER_OPTIONS), **dict(access.options if access else ())}
+    server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
     add_services(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        bound_port = server.add_insecure_port(f"{host}:{port}")
+        bound_port = _listen(server, f"{host}:{port}", access.credentials if access else None)
     except RuntimeError:
         raise ConfigError(
             f"cannot listen on {host}:{port}: the port is taken or the address is not this machine's"
@@ -132,3 +218,7 @@ async def serving(
     finally:
         await checks.enter_graceful_shutdown()
         await server.stop(_STOP_GRACE_S)
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    return server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from afd import telemetry
-from afd.config import ServiceSettings, load_settings
+from afd import telemetry, tls
+from afd.config import ServiceSettings, load_settings, refuse_plain_text
 from afd.errors import AfdError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ def run_service(role: str, kind: type[S], serve: Serve[S]) -> None:
     """Runs a service until it is told to stop; on a known error prints its sentence and exits with 1."""
     try:
         settings = load_settings(kind)
+        refuse_plain_text(settings)
         telemetry.set_up(role, settings)
+        tls.assume(settings.tls)
         asyncio.run(_run(settings, serve))
     except AfdError as error:
         sys.exit(f"afd {role}: {error}")

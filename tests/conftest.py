@@ -124,6 +124,7 @@ def start_mesh() -> StartMesh:
         microbatches: int | str = 2,
         ffn_replicas: int = 1,
         redis: str | None = None,
+        tls: Path | None = None,
         **settings: object,
     ) -> Iterator[Mesh]:
         options = MeshOptions(
@@ -135,6 +136,7 @@ def start_mesh() -> StartMesh:
             dtype="float32",
             device=device,
             redis=redis,
+            tls=tls,
             threads=1,
             settings={name: str(value) for name, value in settings.items()},
         )

@@ -14,7 +14,7 @@ import grpc
 from afd.errors import AfdError, InternalError, Mismatch, PeerUnavailable, StaleEpoch, TransportUnavailable
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.handshake import refuse_mismatch
-from afd.rpc import CHANNEL_OPTIONS, to_error
+from afd.rpc import connect_peer, to_peer_error
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 
@@ -42,7 +42,7 @@ class ControlStream:
         self._error: AfdError | None = None
         self._outbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         self._welcomes: queue.SimpleQueue[pb.Welcome] = queue.SimpleQueue()
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = connect_peer(address, "ffn")
         self.put(pb.ConnectRequest(hello=hello))
         self._stream = ffn_pb2_grpc.FfnServiceStub(self._channel).Connect(self._requests())
         threading.Thread(target=self._read, name=f"handoff {address}", daemon=True).start()
@@ -100,7 +100,7 @@ class ControlStream:
                 self._take(response)
             self._error = PeerUnavailable(f"the FFN at {self.address} ended the stream")
         except grpc.RpcError as error:
-            reason = to_error(error)
+            reason = to_peer_error(error)
             kind = Mismatch if isinstance(reason, Mismatch) else PeerUnavailable
             self._error = kind(f"the FFN at {self.address}: {reason}")
         self.bell.ring()

@@ -12,7 +12,7 @@ from afd.handoff.negotiate import LADDER, Rung, TransportName, climb, slowness
 from afd.handoff.shm import SharedRegion
 from afd.handoff.slots import FrameSlots, Region, SlotShape
 from afd.handoff.tensors import dtype_from_proto
-from afd.rpc import CHANNEL_OPTIONS, to_error
+from afd.rpc import connect_peer, to_error
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 
@@ -50,7 +50,7 @@ def diagnose(address: str, max_tokens: int, spin_s: float) -> Diagnosis:
 
 def _ask(address: str) -> pb.GetTopologyResponse:
     """What the FFN wants to agree on."""
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with connect_peer(address, "ffn") as channel:
         try:
             return ffn_pb2_grpc.FfnServiceStub(channel).GetTopology(pb.GetTopologyRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -61,7 +61,7 @@ def _explained(address: str, error: AfdError) -> AfdError:
     if isinstance(error, PeerUnavailable | DeadlineExceeded):
         return PeerUnavailable(
             f"no FFN shard answers at {address}; give the gRPC address of a running one, as the ready file of `afd up` "
-            "has it"
+            "has it, and --tls if it wants TLS"
         )
     return Mismatch(f"{address} is no FFN shard that can tell what it is ({error}); give the gRPC address of one")
 

@@ -12,6 +12,7 @@ import grpc.aio
 import prometheus_client
 import torch
 
+from afd.access import Access
 from afd.compute import ComputeThread, choose_device, loading_progress, renice_thread
 from afd.config import AttentionSettings
 from afd.errors import ConfigError
@@ -160,7 +161,8 @@ async def _serve_engine(
     def add_services(server: grpc.aio.Server) -> None:
         attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
 
-    async with serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port:
+    access = Access.for_peers("gateway")
+    async with serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port, access) as port:
         replica = Replica(
             role="attention",
             replica_id=settings.replica_id,

@@ -9,6 +9,7 @@ import grpc.aio
 import prometheus_client
 import torch
 
+from afd.access import Access
 from afd.compute import ComputeThread, choose_device, loading_progress, renice_thread
 from afd.config import FFNSettings
 from afd.handoff.handshake import topology
@@ -62,9 +63,10 @@ async def _serve_batcher(
     def add_services(server: grpc.aio.Server) -> None:
         ffn_pb2_grpc.add_FfnServiceServicer_to_server(servicer, server)
 
+    access = Access.for_peers("attention")
     async with (
         connect(settings.redis, settings.redis_ca) as redis,
-        serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as port,
+        serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port, access) as port,
     ):
         replica = Replica(
             role="ffn",

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import logging
 import os
-import socket
-from collections.abc import AsyncIterator
 
 import grpc.aio
-import uvicorn
-from fastapi import FastAPI
 
+from afd.access import Access
 from afd.config import GatewaySettings
-from afd.errors import ConfigError
 from afd.model.config import ModelConfig
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
+from afd.state.api_keys import ApiKeys
 from afd.state.connection import connect
 from afd.state.registry import Registry, Replica
 from afd.state.requests import RequestStore
+from afd.tls import Certificate
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc
+from services.gateway.auth import Gatekeeper
 from services.gateway.balancer import Balancer
 from services.gateway.generation import Generator
+from services.gateway.http_server import HttpLimits, serving_http
 from services.gateway.openai_api import make_app
 from services.gateway.servicer import GatewayServicer
 from services.gateway.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 
 async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
+    if not (settings.is_loopback or settings.require_api_key):
+        log.warning("everybody who reaches AFD_HOST=%s may ask; AFD_REQUIRE_API_KEY=1 asks for keys", settings.host)
     config = ModelConfig.load(settings.model)
     model_name = settings.served_model_name or settings.model.resolve().name
     tokenizer = Tokenizer(settings.model, config.max_context_tokens)
@@ -42,17 +45,26 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         generator = Generator(
             config, tokenizer, balancer, store, settings.request_timeout_s, settings.failover_timeout_s
         )
-        servicer = GatewayServicer(generator, model_name, settings.max_body_bytes)
-        app = make_app(generator, model_name, settings.max_body_bytes)
+        gatekeeper = Gatekeeper(
+            ApiKeys(redis), settings.require_api_key, settings.request_timeout_s + settings.journal_ttl_s
+        )
+        servicer = GatewayServicer(generator, gatekeeper, model_name, settings.max_body_bytes)
+        app = make_app(generator, gatekeeper, model_name, settings.max_body_bytes)
+
+        certificate = Certificate(settings.public_tls, mutual=False) if settings.public_tls else None
+        limits = HttpLimits(settings.max_header_bytes, settings.read_timeout_s)
+        access = Access.for_clients(
+            certificate, settings.max_body_bytes, settings.max_header_bytes, settings.read_timeout_s
+        )
 
         def add_services(server: grpc.aio.Server) -> None:
             gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server)
 
-        async with background(balancer.follow()):
+        async with background(balancer.follow()), background(gatekeeper.settle()):
             await balancer.wait_until_ready(settings.startup_timeout_s)
             async with (
-                serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port) as grpc_port,
-                _serving_http(app, settings.host, settings.http_port) as http_port,
+                serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port, access) as grpc_port,
+                serving_http(app, settings.host, settings.http_port, limits, certificate) as http_port,
             ):
                 replica = Replica(
                     role="gateway",
@@ -67,33 +79,6 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                     await stop.wait()
                 generator.draining = True
                 await until_none_open(lambda: generator.num_running, settings.drain_timeout_s)
-
-
-class _Server(uvicorn.Server):
-    """Signals are this process's, not the HTTP server's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        yield
-
-
-@contextlib.asynccontextmanager
-async def _serving_http(app: FastAPI, host: str, port: int) -> AsyncIterator[int]:
-    """Runs the HTTP server while the block runs; yields its port. Raises ConfigError if it is taken."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} for HTTP: {error.strerror}") from None
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-    server = _Server(config)
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        yield int(listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        await running
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from afd.errors import PeerUnavailable
-from afd.rpc import CHANNEL_OPTIONS
+from afd.rpc import PeerChannel
 from afd.state.registry import Registry, Replica
 from afd.v1 import attention_pb2_grpc
 
@@ -24,9 +24,12 @@ class AttentionReplica:
     """A replica with its channel, and how many sequences it has from here."""
 
     replica: Replica
-    channel: grpc.aio.Channel
-    stub: attention_pb2_grpc.AttentionServiceAsyncStub
+    channel: PeerChannel
     num_sequences: int = 0
+
+    @property
+    def stub(self) -> attention_pb2_grpc.AttentionServiceAsyncStub:
+        return self.channel.stub(_stub)
 
 
 class Balancer:
@@ -106,5 +109,8 @@ class Balancer:
 
 
 def _connect(replica: Replica) -> AttentionReplica:
-    channel = grpc.aio.insecure_channel(replica.address, options=CHANNEL_OPTIONS)
-    return AttentionReplica(replica, channel, attention_pb2_grpc.AttentionServiceStub(channel))
+    return AttentionReplica(replica, PeerChannel(replica.address, "attention"))
+
+
+def _stub(channel: grpc.aio.Channel) -> attention_pb2_grpc.AttentionServiceAsyncStub:
+    return attention_pb2_grpc.AttentionServiceStub(channel)

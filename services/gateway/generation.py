@@ -315,7 +315,7 @@ class Generator:
                     return
             raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"), True)
         except grpc.aio.AioRpcError as error:
-            reason = rpc.to_error(error)
+            reason = rpc.to_peer_error(error)
             if isinstance(reason, PeerUnavailable):
                 raise _Lost(reason, await _was_accepted(call)) from None
             raise reason from None

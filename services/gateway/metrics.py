@@ -13,6 +13,7 @@ TPOT = Histogram("gen_ai_server_time_per_output_token_seconds", "mean time betwe
 DURATION = Histogram("gen_ai_server_request_duration_seconds", "from admission to the last token", buckets=_BUCKETS)
 FAILOVER = Histogram("afd_failover_seconds", "a choice's, from a lost replica to its next token", buckets=_BUCKETS)
 REQUESTS = Counter("afd_requests", "requests that ended", ["status"])
+REFUSED = Counter("afd_refused_requests", "requests that an API key, or none, was not good for", ["reason"])
 TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
@@ -13,27 +14,37 @@ import prometheus_client
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound
+from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, Unauthenticated
+from services.gateway.auth import Gatekeeper
 from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
 from services.gateway.merge import merged
 from services.gateway.openai_format import ChatFormat, CompletionFormat, Format, Part
 from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
 
+_OPEN_PATHS = ("/health", "/metrics")  # need no API key
 _MAX_PROMPTS = 256
 _NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
-_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
-def make_app(generator: Generator, model_name: str, max_body_bytes: int) -> FastAPI:
+def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_body_bytes: int) -> FastAPI:
     """The application; `model_name` is the one model it serves."""
     app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None)
     created = int(time.time())
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(_KeyCheck, gatekeeper=gatekeeper)  # before the body is read
     app.add_exception_handler(AfdError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -59,14 +70,14 @@ def make_app(generator: Generator, model_name: str, max_body_bytes: int) -> Fast
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        return await _answer(
-            generator, await _admit_completion(generator, body), CompletionFormat(body, generator), request
-        )
+        admitted = await _admit_completion(generator, body)
+        return await _answer(generator, gatekeeper, admitted, CompletionFormat(body, generator), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        return await _answer(generator, [await _admit_chat(generator, body)], ChatFormat(body, generator), request)
+        admitted = [await _admit_chat(generator, body)]
+        return await _answer(generator, gatekeeper, admitted, ChatFormat(body, generator), request)
 
     return app
 
@@ -104,9 +115,11 @@ def _request_id(body: SamplingBody, number: int, num_prompts: int) -> str:
     return body.request_id if num_prompts == 1 else f"{body.request_id}-{number}"
 
 
-async def _answer(generator: Generator, admitted: list[Admitted], form: Format, request: Request) -> Response:
+async def _answer(
+    generator: Generator, gatekeeper: Gatekeeper, admitted: list[Admitted], form: Format, request: Request
+) -> Response:
     carrier = {"traceparent": request.headers["traceparent"]} if "traceparent" in request.headers else {}
-    parts = _parts(generator, admitted, carrier)
+    parts = gatekeeper.metered(request.state.caller, admitted, _parts(generator, admitted, carrier))
     if not form.body.stream:
         return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
     first = await _unless_disconnected(request, anext(parts))  # a refusal is still a status, not an event
@@ -207,7 +220,16 @@ def _error_body(error: AfdError) -> dict[str, Any]:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AfdError)
-    return JSONResponse(_error_body(error), error.http_status)
+    return _refusal(error)
+
+
+def _refusal(error: AfdError) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(_error_body(error), error.http_status, headers=headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -232,6 +254,24 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return JSONResponse(_error_body(InvalidRequest(_NO_OBJECT)), error.status_code)
     body = {"message": f"{request.method} {request.url.path}: {error.detail}", "type": "invalid_request_error"}
     return JSONResponse({"error": {**body, "param": None, "code": None}}, error.status_code, headers=error.headers)
+
+
+class _KeyCheck:
+    """Notes whose request it is, and refuses one without a valid API key where one is needed."""
+
+    def __init__(self, app: ASGIApp, gatekeeper: Gatekeeper) -> None:
+        self.app = app
+        self.gatekeeper = gatekeeper
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            authorization = Headers(scope=scope).get("authorization")
+            try:
+                scope.setdefault("state", {})["caller"] = await self.gatekeeper.authenticate(authorization)
+            except AfdError as error:
+                app = _refusal(error)
+        await app(scope, receive, send)
 
 
 class _BodyLimit:

@@ -10,38 +10,49 @@ from afd.errors import InvalidRequest
 from afd.protocol import finish_reason_to_proto, sampling_from_proto
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
+from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Generator, Request
 from services.gateway.transcript import Token
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, generator: Generator, model_name: str, max_request_bytes: int) -> None:
+    def __init__(self, generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_request_bytes: int) -> None:
         self.generator = generator
+        self.gatekeeper = gatekeeper
         self.model_name = model_name
         self.max_request_bytes = max_request_bytes
 
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> AsyncIterator[pb.GenerateResponse]:
         async with rpc.aborting(context):
+            caller = await self._caller(context)
             admitted = self.generator.admit(
                 request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
             yield pb.GenerateResponse(started=_started(admitted))
-            async with contextlib.aclosing(self.generator.generate(admitted, rpc.metadata_of(context))) as tokens:
+            generated = self.generator.generate(admitted, rpc.metadata_of(context))
+            async with contextlib.aclosing(self.gatekeeper.metered(caller, [admitted], generated)) as tokens:
                 async for token in tokens:
                     yield pb.GenerateResponse(token=_token(token))
 
     async def Resume(self, request: pb.ResumeRequest, context: rpc.Context) -> AsyncIterator[pb.ResumeResponse]:
         async with rpc.aborting(context):
+            caller = await self._caller(context)
+            await self.gatekeeper.check_owner(caller, request.request_id)
             reopened = await self.generator.reopen(request.request_id, request.next_index)
             yield pb.ResumeResponse(started=_started(reopened))
-            async with contextlib.aclosing(self.generator.generate(reopened, rpc.metadata_of(context))) as tokens:
+            generated = self.generator.generate(reopened, rpc.metadata_of(context))
+            async with contextlib.aclosing(self.gatekeeper.metered(caller, [reopened], generated)) as tokens:
                 async for token in tokens:
                     yield pb.ResumeResponse(token=_token(token))
 
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
-        return pb.CancelResponse(found=self.generator.cancel(request.request_id))
+        async with rpc.aborting(context):
+            is_own = await self.gatekeeper.owns(await self._caller(context), request.request_id)
+        return pb.CancelResponse(found=is_own and self.generator.cancel(request.request_id))
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
+        async with rpc.aborting(context):
+            await self._caller(context)
         config, balancer = self.generator.config, self.generator.balancer
         return pb.GetModelResponse(
             name=self.model_name,
@@ -50,6 +61,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             max_context_tokens=balancer.max_context_tokens,
             eos_token_ids=config.eos_token_ids,
         )
+
+    async def _caller(self, context: rpc.Context) -> Caller:
+        """Raises Unauthenticated."""
+        return await self.gatekeeper.authenticate(rpc.metadata_of(context).get("authorization"))
 
     async def _prompt_ids(self, request: pb.GenerateRequest) -> list[int]:
         if request.ByteSize() > self.max_request_bytes:

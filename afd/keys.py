@@ -1,0 +1,77 @@
+"""`afd keys`: API keys made, listed and revoked."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from afd.errors import NotFound
+from afd.state.api_keys import ApiKey, ApiKeys, Limits
+from afd.state.connection import connect
+
+app = typer.Typer(no_args_is_help=True, help="API keys of the gateways that share a Redis.")
+console = Console()
+notes = Console(stderr=True)
+
+T = TypeVar("T")
+
+RedisUrl = Annotated[
+    str,
+    typer.Option(
+        "--redis",
+        envvar="AFD_REDIS",
+        help="URL of the mesh's Redis; with a password use the variable: others on this machine see options",
+    ),
+]
+
+
+def _run(url: str, work: Callable[[ApiKeys], Awaitable[T]]) -> T:
+    async def connected() -> T:
+        async with connect(url) as redis:
+            return await work(ApiKeys(redis))
+
+    return asyncio.run(connected())
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="whose it is, for people")],
+    redis: RedisUrl,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="each prompt of a completion is one")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="sequences decoded at once")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=1, help="of prompts and answers, by UTC days")] = None,
+) -> None:
+    """Prints a new key: this once, it is kept nowhere."""
+    limits = Limits(requests_per_minute, concurrency, tokens_per_day)
+    print(_run(redis, lambda keys: keys.create(name, limits)))
+
+
+@app.command("list")
+def list_keys(redis: RedisUrl) -> None:
+    """The keys, their limits, and what they have used today."""
+
+    async def look_up(keys: ApiKeys) -> list[tuple[ApiKey, int]]:
+        return [(key, await keys.tokens_today(key.key_id)) for key in await keys.all()]
+
+    table = Table("id", "name", "created", "requests/min", "concurrency", "tokens/day", "tokens today")
+    for key, tokens in _run(redis, look_up):
+        created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
+        limits = key.limits.requests_per_minute, key.limits.concurrency, key.limits.tokens_per_day
+        table.add_row(
+            key.key_id, key.name, f"{created:%Y-%m-%d}", *(str(limit or "-") for limit in limits), str(tokens)
+        )
+    console.print(table)
+
+
+@app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="as `afd keys list` shows it")], redis: RedisUrl) -> None:
+    """Gateways refuse the key a few seconds later at the latest; what already runs ends as usual."""
+    if not _run(redis, lambda keys: keys.revoke(key_id)):
+        raise NotFound(f"there is no key {key_id}")
+    notes.print(f"revoked {key_id}")

@@ -1,0 +1,163 @@
+"""API keys at the gateway: who asks, what the limits of the key allow, and what a request has used."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from afd.errors import AfdError, NotFound, PeerUnavailable, Unauthenticated
+from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, split
+from services.gateway import metrics
+from services.gateway.generation import Request
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_REMEMBERED_S = 3.0  # a revoked key is refused after so long at the latest
+_SETTLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose call it is; nobody's where no key is required."""
+
+    key_id: str | None = None
+
+
+@dataclass(eq=False)
+class _Account:
+    """An admitted call, and the tokens of its answer that Redis does not know of yet."""
+
+    key_id: str
+    slots: tuple[str, ...]
+    num_unsettled: int = 0
+
+    def take(self) -> int:
+        taken, self.num_unsettled = self.num_unsettled, 0
+        return taken
+
+
+@dataclass
+class Gatekeeper:
+    keys: ApiKeys
+    required: bool
+    request_ttl_s: float  # how long it is known whose a request is
+    _remembered: dict[str, tuple[float, ApiKey]] = field(default_factory=dict)
+    _accounts: set[_Account] = field(default_factory=set)
+    _owners: dict[str, str] = field(default_factory=dict)  # of the requests that run here
+    _leaving: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def authenticate(self, authorization: str | None) -> Caller:
+        """The caller by the value of its `authorization` header. Raises Unauthenticated, or PeerUnavailable without
+        Redis.
+
+        Where no key is required, what is no key of ours is ignored: OpenAI's clients always send something.
+        """
+        scheme, _, key = (authorization or "").strip().partition(" ")
+        parts = split(key.strip()) if scheme.lower() == "bearer" else None
+        if parts is None and not self.required:
+            return Caller()
+        if parts is None:
+            metrics.REFUSED.labels(Unauthenticated.__name__).inc()
+            problem = "is not one of this mesh" if key else "is missing"
+            raise Unauthenticated(f"the API key {problem}: send it as `Authorization: Bearer afd-...`")
+        key_id, secret = parts
+        if not is_valid(secret, await self._find(key_id)):
+            metrics.REFUSED.labels(Unauthenticated.__name__).inc()
+            raise Unauthenticated("the API key is not valid")
+        return Caller(key_id)
+
+    def metered(
+        self, caller: Caller, requests: Sequence[Request], tokens: AsyncGenerator[T, None]
+    ) -> AsyncGenerator[T, None]:
+        """The tokens of an admitted call, if the caller's key has room for it, and counted.
+
+        Raises Overloaded with when to come again, or InvalidRequest for what the key can never have. A quota that is
+        spent meanwhile lets the call end.
+        """
+        return self._metered(caller.key_id, requests, tokens) if caller.key_id else tokens
+
+    async def owns(self, caller: Caller, request_id: str) -> bool:
+        """Whether the caller may cancel or resume a request: only its own, where keys are required."""
+        owner = self._owners.get(request_id)
+        if owner is None and (caller.key_id or self.required):
+            owner = await self.keys.owner_of(request_id)
+        return owner == caller.key_id
+
+    async def check_owner(self, caller: Caller, request_id: str) -> None:
+        """Raises NotFound for somebody else's request, as for one that is not there."""
+        if not await self.owns(caller, request_id):
+            raise NotFound(f"no request {request_id!r} is known")
+
+    async def settle(self) -> None:
+        """Tells Redis every second of the tokens that have come, and that what runs still does, until cancelled."""
+        while True:
+            await asyncio.sleep(_SETTLE_S)
+            await asyncio.gather(*map(self._settle, tuple(self._accounts)))
+
+    async def _metered(
+        self, key_id: str, requests: Sequence[Request], tokens: AsyncGenerator[T, None]
+    ) -> AsyncGenerator[T, None]:
+        account = await self._admit(key_id, requests)
+        owned = {request.request_id: key_id for request in requests}
+        self._owners |= owned
+        try:
+            async with contextlib.aclosing(tokens):
+                async for token in tokens:
+                    account.num_unsettled += 1
+                    yield token
+        finally:
+            for request_id in owned:
+                self._owners.pop(request_id, None)
+            await self._leave(account)
+
+    async def _admit(self, key_id: str, requests: Sequence[Request]) -> _Account:
+        name = uuid.uuid4().hex
+        slots = tuple(f"{name}:{number}" for number in range(sum(request.params.n for request in requests)))
+        num_prompt_tokens = sum(len(request.prompt_ids) for request in requests if request.resumed_at is None)
+        demand = Demand(len(requests), num_prompt_tokens, slots)
+        try:
+            await asyncio.gather(
+                *(self.keys.claim(key_id, request.request_id, self.request_ttl_s) for request in requests)
+            )
+            await self.keys.admit(key_id, demand)
+        except AfdError as error:
+            metrics.REFUSED.labels(type(error).__name__).inc()
+            raise
+        account = _Account(key_id, slots)
+        self._accounts.add(account)
+        return account
+
+    async def _leave(self, account: _Account) -> None:
+        """Returns when the slots are free; they become so even if the caller is cancelled meanwhile."""
+        self._accounts.discard(account)
+        task = asyncio.create_task(self._settle(account, release=True))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        await asyncio.shield(task)
+
+    async def _settle(self, account: _Account, release: bool = False) -> None:
+        num_tokens = account.take()
+        try:
+            await self.keys.settle(account.key_id, num_tokens, account.slots, release=release)
+        except PeerUnavailable as error:
+            account.num_unsettled += num_tokens
+            log.warning("what API key %s uses could not be noted: %s", account.key_id, error)
+
+    async def _find(self, key_id: str) -> ApiKey | None:
+        """The key, as it was a few seconds ago at most."""
+        remembered = self._remembered.pop(key_id, None)
+        if remembered is None or time.monotonic() > remembered[0]:
+            key = await self.keys.find(key_id)
+            if key is None:
+                return None
+            remembered = time.monotonic() + _REMEMBERED_S, key
+        self._remembered[key_id] = remembered
+        return remembered[1]
