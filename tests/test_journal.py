@@ -172,6 +172,19 @@ async def test_an_error_does_not_overtake_the_tokens_before_it(
         assert await shown(one, 3) == [*ids(0, 2), failure]
 
 
+async def test_an_error_waits_behind_a_token_that_waits_also_when_both_came_together(
+    store: FakeStore, make_journal: Callable[..., Journal]
+) -> None:
+    one, other, failure = sequence("one"), sequence("other"), InternalError("the step failed")
+    store.refusals["one"] = PeerUnavailable("Redis does not answer: node 1")
+    async with running(make_journal()) as journal:
+        journal.put([*tokens(one), Delivery(one, failure), *tokens(other)])
+        assert await shown(other, 1) == ids(0, 1)
+        assert one.outbox.empty()
+        store.refusals.clear()
+        assert await shown(one, 2) == [*ids(0, 1), failure]
+
+
 async def test_a_refused_token_is_its_own_requests_matter(
     store: FakeStore, make_journal: Callable[..., Journal]
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from afd.state import registry as registry_module
 from afd.state.connection import connect
-from afd.state.registry import Registry, Replica
+from afd.state.registry import _EXPIRED, _LEFT, Registry, Replica, _View
 from tests.redis_proxy import RedisProxy, redis_proxy
 from tests.redis_servers import Server, one_server
 
@@ -208,3 +208,33 @@ async def test_watchers_find_the_channel_again_after_a_restart(server: Server, m
         await asyncio.sleep(1.5)
         async with holder.registered(lambda: OTHER):
             await watcher.until("ffn-1", "ffn-2", timeout_s=3.0)
+
+
+def test_a_lease_that_expired_in_an_outage_has_a_leases_time_to_be_renewed() -> None:
+    view = _View(lease_s=5)
+    view.update({"ffn-1": ONE, "ffn-2": OTHER}, {}, 100.0)
+    view.outage()
+    view.update({}, {"ffn-1": _EXPIRED, "ffn-2": _LEFT}, 110.0)
+    assert view.replicas == [ONE]
+    view.update({"ffn-1": ONE}, {}, 112.0)
+    view.update({}, {"ffn-1": _EXPIRED}, 114.9)
+    assert view.replicas == [ONE]
+    view.update({}, {"ffn-1": _EXPIRED}, 115.0)
+    assert view.replicas == []
+
+
+async def test_an_answer_that_took_too_long_tells_of_an_outage(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([(0.0, {"ffn-1": ONE}, {}), (1.2, {}, {"ffn-1": _EXPIRED}), (0.0, {"ffn-1": ONE}, {})])
+
+    async def look(self: Registry, role: str) -> tuple[dict[str, Replica], dict[str, bytes]]:
+        delay_s, entries, gone = next(answers, (0.0, {"ffn-1": ONE}, {}))
+        await asyncio.sleep(delay_s)
+        return entries, gone
+
+    monkeypatch.setattr(Registry, "_look", look)
+    monkeypatch.setattr(registry_module, "_POLL_S", 0.3)
+    monkeypatch.setattr(registry_module, "_ANSWER_S", 2.0)
+    async with watching(server.url) as watcher:
+        await watcher.until("ffn-1")
+        await asyncio.sleep(2.0)
+        assert len(watcher.seen) == 1
