@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from afd.errors import InternalError, InvalidRequest, PeerUnavailable
+from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.tls import client_credentials
 from afd.v1 import gateway_pb2 as pb
@@ -30,6 +31,7 @@ Prompt = str | Sequence[int]
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 10.0
+_RESUME_PAUSE_S = 0.3
 _FINISH_REASONS: dict[int, str | None] = {
     sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
     sampling_pb2.FINISH_REASON_STOP: "stop",
@@ -82,12 +84,21 @@ class Model:
     eos_token_ids: tuple[int, ...]
 
 
-class Stream:
-    """The tokens of one request. Leaving the loop, closing it or dropping it cancels the request everywhere."""
+Call = grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse] | grpc.aio.UnaryStreamCall[Any, pb.ResumeResponse]
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]) -> None:
+
+class Stream:
+    """The tokens of one request. Leaving the loop, closing it or dropping it cancels the request everywhere.
+
+    When the gateway is lost the stream goes on through another one, or the same one once it is back.
+    """
+
+    def __init__(self, client: Client, call: Call, request_id: str = "", next_index: Sequence[int] = ()) -> None:
+        self._client = client
         self._call = call
-        self.request_id = ""
+        self._next_index = list(next_index)  # by choice: that of the next token
+        self._lost_at: float | None = None
+        self.request_id = request_id
         self.num_prompt_tokens = 0
 
     def __aiter__(self) -> Self:
@@ -95,15 +106,33 @@ class Stream:
 
     async def __anext__(self) -> Token:
         """Raises the error of `afd.errors` that ended the request."""
-        try:
-            async for response in self._call:
-                if response.WhichOneof("event") == "token":
-                    return _token(response.token)
-                self.request_id = response.started.request_id
-                self.num_prompt_tokens = response.started.num_prompt_tokens
-        except grpc.aio.AioRpcError as error:
-            raise to_error(error) from None
-        raise StopAsyncIteration
+        while True:
+            try:
+                async for response in self._call:
+                    if response.WhichOneof("event") == "token":
+                        return self._shown(_token(response.token))
+                    self.request_id = response.started.request_id
+                    self.num_prompt_tokens = response.started.num_prompt_tokens
+                raise StopAsyncIteration
+            except grpc.aio.AioRpcError as error:
+                await self._resume(to_error(error))
+
+    def _shown(self, token: Token) -> Token:
+        self._lost_at = None
+        self._next_index += [0] * (token.choice + 1 - len(self._next_index))
+        self._next_index[token.choice] = token.index + 1
+        return token
+
+    async def _resume(self, reason: AfdError) -> None:
+        """Asks the next gateway. Raises the reason if the request cannot be resumed, or not for too long already."""
+        now = time.monotonic()
+        pause_s = 0.0 if self._lost_at is None else _RESUME_PAUSE_S
+        self._lost_at = self._lost_at or now
+        is_late = now + pause_s > self._lost_at + self._client.resume_timeout_s
+        if not isinstance(reason, PeerUnavailable) or not self.request_id or is_late:
+            raise reason from None
+        await asyncio.sleep(pause_s)
+        self._call = self._client._ask_to_resume(self.request_id, self._next_index)
 
     async def aclose(self) -> None:
         self._call.cancel()
@@ -114,7 +143,8 @@ class Stream:
 
 
 class Client:
-    """A connection to a gateway, "host:port".
+    """A connection to a gateway, "host:port"; with several, which have commas between them, to the first that answers,
+    and to the others when that is lost. A stream that is lost is resumed for up to `resume_timeout_s`.
 
     With `tls` it is encrypted, to a gateway whose certificate this machine trusts, or that `ca` has signed, a file of
     PEM certificates. `api_key` is what `afd keys create` gave.
@@ -127,29 +157,57 @@ class Client:
         tls: bool = False,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
+        resume_timeout_s: float = 60.0,
     ) -> None:
         self.target = target
+        self.resume_timeout_s = resume_timeout_s
         self._is_tls = tls or ca is not None
         self._ca = Path(ca) if ca is not None else None
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
 
     async def __aenter__(self) -> Self:
         """Raises PeerUnavailable if nothing answers there, or ConfigError if `ca` cannot be read."""
-        self._channel = self._open_channel()
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._channels = [self._open_channel(target.strip()) for target in self.target.split(",")]
+        self._current = 0
         try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await self._channel.channel_ready()
+            self._current = await self._first_that_answers()
         except TimeoutError:
             reason = await self._reason()
-            await self._channel.close()
+            await self._close()
             raise PeerUnavailable(f"no gateway answers at {self.target}{reason}") from None
         return self
 
-    def _open_channel(self) -> grpc.aio.Channel:
+    @property
+    def _stub(self) -> gateway_pb2_grpc.GatewayServiceAsyncStub:
+        return gateway_pb2_grpc.GatewayServiceStub(self._channels[self._current])
+
+    async def _first_that_answers(self) -> int:
+        """Raises TimeoutError."""
+        asked = [asyncio.ensure_future(channel.channel_ready()) for channel in self._channels]
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            return next(number for number, one in enumerate(asked) if one.done())
+        finally:
+            for one in asked:
+                one.cancel()
+
+    def _ask_to_resume(self, request_id: str, next_index: Sequence[int]) -> Call:
+        """Of the gateway that follows."""
+        self._current = (self._current + 1) % len(self._channels)
+        return self._resume_call(request_id, next_index)
+
+    def _resume_call(self, request_id: str, next_index: Sequence[int]) -> Call:
+        request = pb.ResumeRequest(request_id=request_id, next_index=next_index)
+        return self._stub.Resume(request, metadata=self._metadata)
+
+    def _open_channel(self, target: str) -> grpc.aio.Channel:
         if self._is_tls:
-            return grpc.aio.secure_channel(self.target, client_credentials(self._ca), options=CHANNEL_OPTIONS)
-        return grpc.aio.insecure_channel(self.target, options=CHANNEL_OPTIONS)
+            return grpc.aio.secure_channel(target, client_credentials(self._ca), options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def _reason(self) -> str:
         """Why the channel does not come up, in gRPC's words."""
@@ -164,7 +222,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        await self._close()
 
     def generate(self, prompt: Prompt, *, request_id: str = "", **sampling: Unpack[SamplingOptions]) -> Stream:
         """Streams the tokens that follow a text or token ids; greedy unless a temperature is given.
@@ -189,6 +247,13 @@ class Client:
             raise InvalidRequest(f"a message is a role and a content: {error}", "messages") from None
         return self._start(pb.GenerateRequest(request_id=request_id, chat=chat), sampling)
 
+    def resume(self, request_id: str, next_index: int | Sequence[int] = 0) -> Stream:
+        """Goes on with a request that was begun through any gateway, from the token with this index on, or from one for
+        each of its choices. A stream of it that is still open ends. Raises NotFound at the first token if it ended too
+        long ago."""
+        indices = [next_index] if isinstance(next_index, int) else list(next_index)
+        return Stream(self, self._resume_call(request_id, indices), request_id, indices)
+
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
         with _our_errors():
@@ -212,7 +277,7 @@ class Client:
             request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"a sampling parameter is not of its type: {error}") from None
-        return Stream(self._stub.Generate(request, metadata=self._metadata))
+        return Stream(self, self._stub.Generate(request, metadata=self._metadata))
 
 
 class SyncClient:
@@ -225,8 +290,9 @@ class SyncClient:
         tls: bool = False,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
+        resume_timeout_s: float = 60.0,
     ) -> None:
-        self._client = Client(target, tls=tls, ca=ca, api_key=api_key)
+        self._client = Client(target, tls=tls, ca=ca, api_key=api_key, resume_timeout_s=resume_timeout_s)
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -250,6 +316,9 @@ class SyncClient:
         self, messages: Sequence[Mapping[str, str]], *, request_id: str = "", **sampling: Unpack[SamplingOptions]
     ) -> Iterator[Token]:
         return self._iterate(self._start(lambda: self._client.chat(messages, request_id=request_id, **sampling)))
+
+    def resume(self, request_id: str, next_index: int | Sequence[int] = 0) -> Iterator[Token]:
+        return self._iterate(self._start(lambda: self._client.resume(request_id, next_index)))
 
     def cancel(self, request_id: str) -> bool:
         return self._run(self._client.cancel(request_id))

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
 
@@ -24,7 +25,8 @@ from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
 from services.gateway.merge import merged
 from services.gateway.openai_format import ChatFormat, CompletionFormat, Format, Part
-from services.gateway.openai_types import ChatBody, CompletionBody, SamplingBody
+from services.gateway.openai_types import ChatBody, CompletionBody
+from services.gateway.place import Place, request_ids
 
 _OPEN_PATHS = ("/health", "/metrics")  # need no API key
 _MAX_PROMPTS = 256
@@ -70,13 +72,14 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        admitted = await _admit_completion(generator, body)
+        admitted = await _reopen(generator, gatekeeper, len(body.prompts()), request)
+        admitted = admitted or await _admit_completion(generator, body)
         return await _answer(generator, gatekeeper, admitted, CompletionFormat(body, generator), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        admitted = [await _admit_chat(generator, body)]
+        admitted = await _reopen(generator, gatekeeper, 1, request) or [await _admit_chat(generator, body)]
         return await _answer(generator, gatekeeper, admitted, ChatFormat(body, generator), request)
 
     return app
@@ -94,9 +97,10 @@ async def _admit_completion(generator: Generator, body: CompletionBody) -> list[
     if body.best_of not in (None, params.n):
         raise InvalidRequest("best_of other than n is not supported", "best_of")
     admitted = []
-    for number, prompt in enumerate(prompts):
+    names = request_ids(body.request_id or uuid.uuid4().hex, len(prompts))
+    for name, prompt in zip(names, prompts, strict=True):
         prompt_ids = await generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        admitted.append(generator.admit(_request_id(body, number, len(prompts)), prompt_ids, params))
+        admitted.append(generator.admit(name, prompt_ids, params))
     return admitted
 
 
@@ -109,10 +113,18 @@ async def _admit_chat(generator: Generator, body: ChatBody) -> Admitted:
     return generator.admit(body.request_id or "", prompt_ids, body.sampling(max_tokens, body.top_logprobs or 0))
 
 
-def _request_id(body: SamplingBody, number: int, num_prompts: int) -> str:
-    if not body.request_id:
-        return ""
-    return body.request_id if num_prompts == 1 else f"{body.request_id}-{number}"
+async def _reopen(
+    generator: Generator, gatekeeper: Gatekeeper, num_prompts: int, request: Request
+) -> list[Admitted] | None:
+    """The requests behind the stream that a `Last-Event-ID` header belongs to; their prompts are known. None without
+    that header. Raises InvalidRequest or NotFound."""
+    header = request.headers.get("last-event-id")
+    if not header:
+        return None
+    place = Place.parse(header, num_prompts)
+    for name in place.names:
+        await gatekeeper.check_owner(request.state.caller, name)
+    return [await generator.reopen(name, place.of_prompt(number)) for number, name in enumerate(place.names)]
 
 
 async def _answer(
@@ -122,7 +134,7 @@ async def _answer(
     parts = gatekeeper.metered(request.state.caller, admitted, _parts(generator, admitted, carrier))
     if not form.body.stream:
         return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
-    first = await _unless_disconnected(request, anext(parts))  # a refusal is still a status, not an event
+    first = await _unless_disconnected(request, anext(parts, None))  # a refusal is still a status, not an event
     events = _events(_chain(first, parts), form, admitted)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -138,8 +150,10 @@ def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, st
     return merged([numbered(number, one) for number, one in enumerate(admitted)])
 
 
-async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+async def _chain(first: Part | None, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
     async with contextlib.aclosing(rest):
+        if first is None:
+            return
         yield first
         async for part in rest:
             yield part
@@ -153,23 +167,24 @@ async def _collect(parts: AsyncGenerator[Part, None], form: Format, admitted: li
 async def _events(
     parts: AsyncGenerator[Part, None], form: Format, admitted: list[Admitted]
 ) -> AsyncGenerator[str, None]:
-    num_output = 0
+    place = Place.of(admitted)
     try:
         async with contextlib.aclosing(parts):
-            for chunk in form.opening(admitted):
+            for chunk in form.opening(admitted) if admitted[0].resumed_at is None else ():
                 yield _event(chunk)
             async for part in parts:
-                num_output += 1
-                yield _event(form.chunk(part, admitted))
+                place.next_index[part.index] = part.token.index + 1
+                yield _event(form.chunk(part, admitted), place)
         if form.body.stream_options and form.body.stream_options.include_usage:
-            yield _event(form.usage_chunk(admitted, num_output))
+            yield _event(form.usage_chunk(admitted, sum(place.next_index)))
         yield "data: [DONE]\n\n"
     except AfdError as error:
         yield _event(_error_body(error))
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+def _event(value: dict[str, Any], place: Place | None = None) -> str:
+    name = f"id: {place}\n" if place else ""
+    return f"{name}data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ class Format(ABC):
     def __init__(self, body: SamplingBody, generator: Generator) -> None:
         self.body = body
         self.tokenizer = generator.tokenizer
-        self._id = f"{self.id_prefix}-{uuid.uuid4().hex[:24]}"
         self._created = int(time.time())
 
     @abstractmethod
@@ -51,7 +49,7 @@ class Format(ABC):
         for part in parts:
             choices.setdefault(part.index, []).append(part.token)
         return {
-            **self._head(self.object_whole),
+            **self._head(self.object_whole, admitted),
             "choices": [self.choice(index, choices[index], admitted) for index in sorted(choices)],
             "usage": _usage(admitted, len(parts)),
         }
@@ -61,13 +59,14 @@ class Format(ABC):
         return ()
 
     def chunk(self, part: Part, admitted: Sequence[Request]) -> Json:
-        return {**self._head(self.object_chunk), "choices": [self.chunk_choice(part, admitted)]}
+        return {**self._head(self.object_chunk, admitted), "choices": [self.chunk_choice(part, admitted)]}
 
     def usage_chunk(self, admitted: Sequence[Request], num_output: int) -> Json:
-        return {**self._head(self.object_chunk), "choices": [], "usage": _usage(admitted, num_output)}
+        return {**self._head(self.object_chunk, admitted), "choices": [], "usage": _usage(admitted, num_output)}
 
-    def _head(self, kind: str) -> Json:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self.body.model}
+    def _head(self, kind: str, admitted: Sequence[Request]) -> Json:
+        name = f"{self.id_prefix}-{admitted[0].request_id}"
+        return {"id": name, "object": kind, "created": self._created, "model": self.body.model}
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id) or f"token_id:{token_id}"
@@ -146,7 +145,7 @@ class ChatFormat(Format):
         delta = {"role": "assistant", "content": ""}
         chunks = [
             {
-                **self._head(self.object_chunk),
+                **self._head(self.object_chunk, admitted),
                 "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}],
             }
             for index in range(admitted[0].params.n)

@@ -1,0 +1,235 @@
+"""A client that loses its gateway, or its connection, gets every token all the same, and each of them once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from afd import Client, SyncClient, Token
+from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound
+from afd.mesh import Mesh, Service
+from tests.conftest import Model, StartMesh
+
+PROMPT = [5, 6, 7]
+NUM_TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[[int], Model]) -> Model:
+    return make_model(4)
+
+
+@pytest.fixture(scope="module")
+def mesh(model: Model, start_mesh: StartMesh) -> Iterator[Mesh]:
+    with start_mesh(model.path, 1, 1, lease_s=1) as mesh:
+        yield mesh
+
+
+@contextlib.contextmanager
+def second_gateway(mesh: Mesh) -> Iterator[str]:
+    """Its gRPC address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    gateway = Service("gateway", 1, {**mesh.services[-1].settings, "grpc_port": port, "http_port": 0})
+    gateway.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        assert gateway.process is not None
+        gateway.process.kill()
+        gateway.process.wait()
+
+
+async def tokens_of(
+    client: Client, at_token: dict[int, Callable[[], Any]] | None = None, **options: Any
+) -> list[Token]:
+    tokens = []
+    async for token in client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, **options):
+        tokens.append(token)
+        if at_token and token.index in at_token:
+            at_token[token.index]()
+    return tokens
+
+
+def check(model: Model, tokens: list[Token]) -> None:
+    assert [token.index for token in tokens] == list(range(NUM_TOKENS))
+    model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stream_goes_on_when_its_gateway_is_back(model: Model, start_mesh: StartMesh, number: signal.Signals) -> None:
+    with start_mesh(model.path, 1, 1, lease_s=1, drain_timeout_s=0.05) as mesh:
+
+        def lose() -> None:
+            process = mesh.services[-1].process
+            assert process is not None
+            process.send_signal(number)
+            process.wait()
+            mesh.watch()
+
+        async def run() -> list[Token]:
+            async with Client(mesh.gateway.address) as client:
+                return await tokens_of(client, {30: lose})
+
+        check(model, asyncio.run(run()))
+
+
+def test_stream_goes_on_through_another_gateway(model: Model, start_mesh: StartMesh) -> None:
+    with start_mesh(model.path, 1, 1, lease_s=1) as mesh, second_gateway(mesh) as other:
+
+        async def run() -> list[Token]:
+            async with Client(other) as warm:  # it is up
+                assert (await warm.get_model()).max_context_tokens > 0
+            async with Client(f"{mesh.gateway.address},{other}") as client:
+                client._current = 0
+                process = mesh.services[-1].process
+                assert process is not None
+                return await tokens_of(client, {30: process.kill})
+
+        check(model, asyncio.run(run()))
+
+
+async def test_request_that_was_left_is_resumed_from_any_index(model: Model, mesh: Mesh) -> None:
+    async with Client(mesh.gateway.address) as client:
+        stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, request_id="left")
+        first = [await anext(stream) for _ in range(10)]
+        await stream.aclose()
+        rest = [token async for token in client.resume("left", 10)]
+        check(model, first + rest)
+        again = [token async for token in client.resume("left", 100)]
+        assert again == rest[90:]
+        assert [token async for token in client.resume("left")] == first + rest
+        assert [token async for token in client.resume("left", NUM_TOKENS)] == []
+
+
+async def test_sampled_choices_and_their_alternatives_are_the_same_after_a_resumption(mesh: Mesh) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 7, "n": 2, "top_logprobs": 2}
+    async with Client(mesh.gateway.address) as client:
+        whole = {(token.choice, token.index): token for token in await tokens_of(client, **options)}
+        stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, request_id="two", **options)
+        first = [await anext(stream) for _ in range(30)]
+        await stream.aclose()
+        seen = {(token.choice, token.index): token for token in first}
+        next_index = [1 + max((i for c, i in seen if c == choice), default=-1) for choice in (0, 1)]
+        seen |= {(token.choice, token.index): token async for token in client.resume("two", next_index)}
+    assert seen.keys() == whole.keys()
+    for place, token in whole.items():
+        assert (seen[place].id, seen[place].text) == (token.id, token.text)
+        assert [i for i, _ in seen[place].top_logprobs] == [i for i, _ in token.top_logprobs]
+
+
+async def test_stream_that_is_resumed_elsewhere_ends(mesh: Mesh) -> None:
+    async with Client(mesh.gateway.address) as client:
+        stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, request_id="moved")
+        await anext(stream)
+        resumed = client.resume("moved")
+        await anext(resumed)
+        with pytest.raises(Mismatch, match="resumed in another stream"):
+            async for _ in stream:
+                pass
+        await resumed.aclose()
+
+
+async def test_what_cannot_be_resumed_is_a_sentence(mesh: Mesh) -> None:
+    async def error_of(request_id: str, next_index: Any = 0) -> AfdError:
+        with pytest.raises(AfdError) as raised:
+            await anext(client.resume(request_id, next_index))
+        return raised.value
+
+    async with Client(mesh.gateway.address) as client:
+        assert isinstance(await error_of("never-begun"), NotFound)
+        stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, request_id="cancelled")
+        await anext(stream)
+        assert await client.cancel("cancelled")
+        with pytest.raises(Cancelled):
+            async for _ in stream:
+                pass
+        assert isinstance(await error_of("cancelled"), Cancelled)
+        assert [token async for token in client.generate(PROMPT, max_tokens=1, request_id="one")]
+        assert isinstance(await error_of("one", [0, 0]), InvalidRequest)
+
+
+def test_sync_client_resumes_too(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        whole = list(client.generate(PROMPT, max_tokens=9, ignore_eos=True, request_id="sync"))
+        assert list(client.resume("sync", 4)) == whole[4:]
+
+
+def post(mesh: Mesh, body: dict[str, Any], last_event_id: str = "") -> Iterator[tuple[str, str]]:
+    """The events of a stream: id and data."""
+    headers = {"Content-Type": "application/json"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+    request = urllib.request.Request(
+        f"{mesh.http_url}/v1/completions", json.dumps({"stream": True, **body}).encode(), headers
+    )
+    name = ""
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        for line in answer:
+            field, _, value = line.decode().strip().partition(": ")
+            if field == "id":
+                name = value
+            elif field == "data":
+                yield name, value
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [PROMPT, [9, 8]]])
+def test_last_event_id_resumes_a_stream_of_events(mesh: Mesh, model: Model, prompt: Any) -> None:
+    body = {"model": model.path.name, "prompt": prompt, "max_tokens": 40, "n": 2, "temperature": 1, "seed": 3,
+            "ignore_eos": True, "return_token_ids": True, "stream_options": {"include_usage": True}}  # fmt: skip
+
+    def parts(events: list[tuple[str, str]]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for _, data in events:
+            for choice in json.loads(data)["choices"] if data != "[DONE]" else ():
+                found.setdefault(choice["index"], []).extend(choice["token_ids"])
+        return found
+
+    whole = list(post(mesh, body))
+    stream = post(mesh, body)
+    first = [next(stream) for _ in range(25)]
+    stream.close()
+    rest = list(post(mesh, body, first[-1][0]))
+    seen, after = parts(first), parts(rest)
+    assert {index: ids + after[index] for index, ids in seen.items()} == parts(whole)
+    assert json.loads(rest[-2][1])["usage"] == json.loads(whole[-2][1])["usage"]
+
+
+@pytest.mark.parametrize("header", ["nonsense", "x/1.", "x/1.y", "never-begun/3", "x/" + "9" * 30])
+def test_wrong_last_event_id_is_a_clients_error(mesh: Mesh, model: Model, header: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        list(post(mesh, {"model": model.path.name, "prompt": PROMPT}, header))
+    assert raised.value.code in (400, 404)
+
+
+def test_frozen_gateway_that_wakes_up_shows_nothing_more(model: Model, start_mesh: StartMesh) -> None:
+    with start_mesh(model.path, 1, 1, lease_s=1) as mesh, second_gateway(mesh) as other:
+        frozen = mesh.services[-1].process
+        assert frozen is not None
+
+        async def run() -> None:
+            async with Client(mesh.gateway.address, resume_timeout_s=0) as client, Client(other) as second:
+                stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, request_id="frozen")
+                first = [await anext(stream) for _ in range(10)]
+                frozen.send_signal(signal.SIGSTOP)
+                rest = [token async for token in second.resume("frozen", 10)]
+                check(model, first + rest)
+                frozen.send_signal(signal.SIGCONT)
+                shown = list(first)
+                with contextlib.suppress(AfdError):
+                    async for token in stream:
+                        shown.append(token)
+                assert shown == (first + rest)[: len(shown)]
+
+        started = time.monotonic()
+        asyncio.run(run())
+        assert time.monotonic() - started < 60
