@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable
+from afd.errors import AfdError, InternalError, InvalidRequest, NotFound, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.tls import client_credentials
 from afd.v1 import gateway_pb2 as pb
@@ -93,12 +94,14 @@ class Stream:
     When the gateway is lost the stream goes on through another one, or the same one once it is back.
     """
 
-    def __init__(self, client: Client, call: Call, request_id: str = "", next_index: Sequence[int] = ()) -> None:
+    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest) -> None:
         self._client = client
-        self._call = call
-        self._next_index = list(next_index)  # by choice: that of the next token
+        self._request = request
+        self._call = client._ask(request)
+        self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
         self._lost_at: float | None = None
-        self.request_id = request_id
+        self._is_begun = False
+        self.request_id = request.request_id
         self.num_prompt_tokens = 0
 
     def __aiter__(self) -> Self:
@@ -111,7 +114,7 @@ class Stream:
                 async for response in self._call:
                     if response.WhichOneof("event") == "token":
                         return self._shown(_token(response.token))
-                    self.request_id = response.started.request_id
+                    self._is_begun = True
                     self.num_prompt_tokens = response.started.num_prompt_tokens
                 raise StopAsyncIteration
             except grpc.aio.AioRpcError as error:
@@ -124,15 +127,19 @@ class Stream:
         return token
 
     async def _resume(self, reason: AfdError) -> None:
-        """Asks the next gateway. Raises the reason if the request cannot be resumed, or not for too long already."""
+        """Asks the next gateway. Raises the reason if the request had not begun, or cannot be resumed, or not for too
+        long already."""
         now = time.monotonic()
         pause_s = 0.0 if self._lost_at is None else _RESUME_PAUSE_S
-        self._lost_at = self._lost_at or now
-        is_late = now + pause_s > self._lost_at + self._client.resume_timeout_s
-        if not isinstance(reason, PeerUnavailable) or not self.request_id or is_late:
+        is_late = self._lost_at is not None and now + pause_s > self._lost_at + self._client.resume_timeout_s
+        is_unknown = isinstance(reason, NotFound) and self._lost_at is not None and not self._next_index
+        if is_late or not self._is_begun or not (is_unknown or isinstance(reason, PeerUnavailable)):
             raise reason from None
+        self._lost_at = self._lost_at or now
         await asyncio.sleep(pause_s)
-        self._call = self._client._ask_to_resume(self.request_id, self._next_index)
+        self._client._turn_to_next()
+        resume = pb.ResumeRequest(request_id=self.request_id, next_index=self._next_index)
+        self._call = self._client._ask(self._request if is_unknown else resume)
 
     async def aclose(self) -> None:
         self._call.cancel()
@@ -192,14 +199,13 @@ class Client:
             for one in asked:
                 one.cancel()
 
-    def _ask_to_resume(self, request_id: str, next_index: Sequence[int]) -> Call:
-        """Of the gateway that follows."""
+    def _turn_to_next(self) -> None:
         self._current = (self._current + 1) % len(self._channels)
-        return self._resume_call(request_id, next_index)
 
-    def _resume_call(self, request_id: str, next_index: Sequence[int]) -> Call:
-        request = pb.ResumeRequest(request_id=request_id, next_index=next_index)
-        return self._stub.Resume(request, metadata=self._metadata)
+    def _ask(self, request: pb.GenerateRequest | pb.ResumeRequest) -> Call:
+        if isinstance(request, pb.ResumeRequest):
+            return self._stub.Resume(request, metadata=self._metadata)
+        return self._stub.Generate(request, metadata=self._metadata)
 
     def _open_channel(self, target: str) -> grpc.aio.Channel:
         if self._is_tls:
@@ -252,7 +258,7 @@ class Client:
         each of its choices. A stream of it that is still open ends. Raises NotFound at the first token if it ended too
         long ago."""
         indices = [next_index] if isinstance(next_index, int) else list(next_index)
-        return Stream(self, self._resume_call(request_id, indices), request_id, indices)
+        return Stream(self, pb.ResumeRequest(request_id=request_id, next_index=indices))
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
@@ -277,7 +283,8 @@ class Client:
             request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"a sampling parameter is not of its type: {error}") from None
-        return Stream(self, self._stub.Generate(request, metadata=self._metadata))
+        request.request_id = request.request_id or uuid.uuid4().hex
+        return Stream(self, request)
 
 
 class SyncClient:

@@ -85,6 +85,7 @@ class ServiceSettings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     advertise_host: str | None = Field(None, description="address that others reach this replica by; default: host")
+    advertise_port: Port = Field(0, description="port that others reach the gRPC service by; 0: grpc_port")
     grpc_port: Port = Field(0, description="port of the gRPC service; 0 takes a free one")
     metrics_port: Port = Field(0, description="port of Prometheus /metrics, plain HTTP; 0 takes a free one")
     tls: Path | None = Field(
@@ -102,6 +103,10 @@ class ServiceSettings(BaseSettings):
     @property
     def advertised_host(self) -> str:
         return self.advertise_host or self.host
+
+    def grpc_address(self, port: int) -> str:
+        """Where others reach this replica, which listens on a port."""
+        return f"{self.advertised_host}:{self.advertise_port or port}"
 
     @property
     def is_loopback(self) -> bool:

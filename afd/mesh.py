@@ -40,6 +40,7 @@ class MeshOptions:
 
     model: Path
     attention: int = 1
+    gateways: int = 1
     ffn: int = 1
     ffn_replicas: int = 1  # of each shard
     microbatches: str | None = None
@@ -111,7 +112,11 @@ class Service:
             "http_port": self.replica.http_address,
             "metrics_port": self.replica.metrics_address if self.role != "gateway" else None,
         }
-        self.settings |= {name: address.rpartition(":")[2] for name, address in addresses.items() if address}
+        self.settings |= {
+            name: address.rpartition(":")[2]
+            for name, address in addresses.items()
+            if address and not int(self.settings.get(name) or 0)
+        }
 
     @property
     def alive(self) -> bool:
@@ -168,6 +173,7 @@ class Mesh:
                 for index in range(options.ffn * options.ffn_replicas)
             ),
             *(Service("attention", index, {**attention}) for index in range(options.attention)),
+            *(Service("gateway", index, {**common, "http_port": 0}) for index in range(1, options.gateways)),
             Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
         ]
         for service in self.services:
@@ -175,7 +181,7 @@ class Mesh:
         self._place(options.placement())
 
     def _place(self, placement: Placement | None) -> None:
-        for service in self.services[:-1]:
+        for service in (service for service in self.services if service.role != "gateway"):
             if placement is None:
                 service.settings["threads"] = self.options.threads or 1
             else:
@@ -195,6 +201,11 @@ class Mesh:
         return f"{'https' if is_tls else 'http'}://{self.gateway.http_address}"
 
     @property
+    def target(self) -> str:
+        """All gateways, as clients take them."""
+        return ",".join(s.replica.address for s in reversed(self.services) if s.role == "gateway" and s.replica)
+
+    @property
     def gateway(self) -> Replica:
         replica = self.services[-1].replica
         assert replica is not None
@@ -212,7 +223,7 @@ class Mesh:
         """Starts again what has ended by itself, on the same ports; whether there was anything."""
         ended = [service for service in self.services if not service.alive]
         if self.embedded and not self.embedded.alive:
-            log.warning("the embedded Redis has ended; it is started again, and what it kept is lost")
+            log.warning("the embedded Redis has ended; it is started again")
             self.embedded.start()
         if ended:
             time.sleep(_RESTART_PAUSE_S)
@@ -233,7 +244,7 @@ class Mesh:
 
     def ready_file(self) -> dict[str, Any]:
         return {
-            "grpc": self.gateway.address,
+            "grpc": self.target,
             "http": self.http_url,
             "redis": without_password(self.options.redis) if self.options.redis else None,
             "processes": [service.describe() for service in self.services],

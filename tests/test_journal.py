@@ -14,11 +14,11 @@ from afd.model.sampler import SampledToken
 from afd.model.sampling_params import SamplingParams
 from afd.state.connection import connect
 from afd.state.requests import JournalEntry, RequestRecord, RequestStore, SequenceKey
+from benchmarks.proxy import Proxy, tcp_proxy
 from services.attention import journal as journal_module
 from services.attention.engine import Delivery
 from services.attention.journal import Journal
 from services.attention.sequence import Sequence
-from tests.redis_proxy import RedisProxy, redis_proxy
 from tests.redis_servers import Server, one_server
 
 RECORD = RequestRecord(prompt_ids=(5,), sampling=b"", owner="attention-1")
@@ -264,8 +264,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def proxy(server: Server) -> Iterator[RedisProxy]:
-    with redis_proxy(server.port) as proxy:
+def proxy(server: Server) -> Iterator[Proxy]:
+    with tcp_proxy(server.port) as proxy:
         yield proxy
 
 
@@ -276,10 +276,10 @@ def calls(server: Server) -> int:
 
 
 async def test_a_write_whose_reply_was_lost_is_repeated_and_nothing_is_there_twice(
-    server: Server, proxy: RedisProxy
+    server: Server, proxy: Proxy
 ) -> None:
     one = sequence("one")
-    async with connect(proxy.url) as redis, running(Journal(RequestStore(redis, 60))) as journal:
+    async with connect(f"redis://{proxy.address}") as redis, running(Journal(RequestStore(redis, 60))) as journal:
         await journal.store.create(one.key, RECORD)
         journal.put(tokens(one))
         assert await shown(one, 1) == ids(0, 1)
@@ -294,11 +294,9 @@ async def test_a_write_whose_reply_was_lost_is_repeated_and_nothing_is_there_twi
 
 
 @pytest.mark.parametrize(("away", "back"), [("hold", "go_on"), ("refuse", "accept")])
-async def test_streams_survive_an_outage_that_is_shorter_than_the_patience(
-    proxy: RedisProxy, away: str, back: str
-) -> None:
+async def test_streams_survive_an_outage_that_is_shorter_than_the_patience(proxy: Proxy, away: str, back: str) -> None:
     sequences = [sequence(f"r{number}") for number in range(20)]
-    async with connect(proxy.url) as redis, running(Journal(RequestStore(redis, 60))) as journal:
+    async with connect(f"redis://{proxy.address}") as redis, running(Journal(RequestStore(redis, 60))) as journal:
         for one in sequences:
             await journal.store.create(one.key, RECORD)
         for step in range(40):
@@ -313,9 +311,9 @@ async def test_streams_survive_an_outage_that_is_shorter_than_the_patience(
             assert [token.id for token in await journal.store.journal(one.key)] == ids(0, 40)
 
 
-async def test_a_distant_redis_delays_tokens_and_does_not_make_them_fewer(proxy: RedisProxy) -> None:
+async def test_a_distant_redis_delays_tokens_and_does_not_make_them_fewer(proxy: Proxy) -> None:
     one = sequence("one")
-    async with connect(proxy.url) as redis, running(Journal(RequestStore(redis, 60))) as journal:
+    async with connect(f"redis://{proxy.address}") as redis, running(Journal(RequestStore(redis, 60))) as journal:
         await journal.store.create(one.key, RECORD)
         proxy.delay_s = 0.05
         for _ in range(100):

@@ -15,7 +15,7 @@ import pytest
 from afd.state import registry as registry_module
 from afd.state.connection import connect
 from afd.state.registry import _EXPIRED, _LEFT, Registry, Replica, _View
-from tests.redis_proxy import RedisProxy, redis_proxy
+from benchmarks.proxy import Proxy, tcp_proxy
 from tests.redis_servers import Server, one_server
 
 LEASE_S = 0.6
@@ -30,9 +30,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def proxy(server: Server) -> Iterator[RedisProxy]:
+def proxy(server: Server) -> Iterator[Proxy]:
     """The way of a replica to Redis; the watcher has another one."""
-    with redis_proxy(server.port) as proxy:
+    with tcp_proxy(server.port) as proxy:
         yield proxy
 
 
@@ -113,12 +113,12 @@ async def test_data_that_is_lost_without_an_outage_removes_nobody(server: Server
         assert not watcher.missed("ffn-1", since_s)
 
 
-async def test_who_does_not_come_back_after_an_outage_is_gone_a_lease_later(server: Server, proxy: RedisProxy) -> None:
+async def test_who_does_not_come_back_after_an_outage_is_gone_a_lease_later(server: Server, proxy: Proxy) -> None:
     async with (
         registry(server.url) as holder,
         watching(server.url) as watcher,
         holder.registered(lambda: ONE),
-        registry(proxy.url) as cut_off,
+        registry(f"redis://{proxy.address}") as cut_off,
         cut_off.registered(lambda: OTHER),
     ):
         await watcher.until("ffn-1", "ffn-2")
@@ -147,12 +147,12 @@ async def test_who_leaves_is_gone_at_once_also_after_an_outage(server: Server) -
 
 
 async def test_a_lease_that_expires_while_redis_answers_is_a_removal_within_a_second(
-    server: Server, proxy: RedisProxy
+    server: Server, proxy: Proxy
 ) -> None:
     async with (
         watching(server.url) as watcher,
         watching(server.url) as second,
-        registry(proxy.url) as cut_off,
+        registry(f"redis://{proxy.address}") as cut_off,
         cut_off.registered(lambda: ONE),
     ):
         await watcher.until("ffn-1")
@@ -165,7 +165,7 @@ async def test_a_lease_that_expires_while_redis_answers_is_a_removal_within_a_se
 
 
 async def test_leases_are_renewed_as_soon_as_redis_is_back(
-    server: Server, proxy: RedisProxy, monkeypatch: pytest.MonkeyPatch
+    server: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renewals: list[float] = []
     renew = Registry._renew
@@ -176,7 +176,7 @@ async def test_leases_are_renewed_as_soon_as_redis_is_back(
         return is_new
 
     monkeypatch.setattr(Registry, "_renew", noted)
-    async with registry(proxy.url, lease_s=3) as holder, holder.registered(lambda: ONE):
+    async with registry(f"redis://{proxy.address}", lease_s=3) as holder, holder.registered(lambda: ONE):
         proxy.refuse()
         await asyncio.sleep(1.3)  # a renewal was due after 1 s, the next one would be after 2
         assert len(renewals) == 1

@@ -17,8 +17,8 @@ from afd import Client, Token
 from afd.bench import counters
 from afd.errors import PeerUnavailable
 from afd.mesh import Mesh
+from benchmarks.proxy import Proxy, tcp_proxy
 from tests.conftest import Model, StartMesh
-from tests.redis_proxy import RedisProxy, redis_proxy
 from tests.redis_servers import Server, cluster_servers, cluster_url, one_server, watched_servers
 
 NUM_TOKENS = 200
@@ -71,7 +71,7 @@ class Setup:
 
     mesh: Mesh
     server: Server
-    proxy: RedisProxy
+    proxy: Proxy
 
     def away_for(self, away_s: float, go: Callable[[], object], come_back: Callable[[], object]) -> Callable[[], None]:
         def act() -> None:
@@ -86,8 +86,14 @@ def setup(model: Model, start_mesh: StartMesh, tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("redis")
     with (
         one_server(directory, "--appendonly", "yes", "--appendfsync", "always") as server,
-        redis_proxy(server.port) as proxy,
-        start_mesh(model.path, 1, 1, redis=proxy.url, lease_s=2, journal_patience_s=PATIENCE_S) as mesh,
+        tcp_proxy(server.port) as proxy,
+        start_mesh(
+            model.path,
+            redis=f"redis://{proxy.address}",
+            lease_s=2,
+            journal_patience_s=PATIENCE_S,
+            failover_timeout_s=1,
+        ) as mesh,
     ):
         yield Setup(mesh, server, proxy)
 

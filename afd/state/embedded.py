@@ -37,7 +37,8 @@ def redis_server_binary() -> str:
 
 
 class EmbeddedRedis:
-    """A redis-server that keeps nothing on disk; it runs in the `with` block, and leaves nothing behind."""
+    """A redis-server that runs in the `with` block and leaves nothing behind. Killed and started again, it has what it
+    had: it logs its writes to a file of its own."""
 
     def __init__(self, binary: str | None = None) -> None:
         self.binary = binary or redis_server_binary()
@@ -68,13 +69,14 @@ class EmbeddedRedis:
         return self.process.poll() is None
 
     def start(self) -> None:
-        """Starts it, empty, and waits until it answers. Raises ConfigError if it does not."""
+        """Starts it and waits until it answers. Raises ConfigError if it does not."""
         options = {
             "port": "0",
             "unixsocket": str(self._socket),
             "unixsocketperm": "700",
             "save": "",
-            "appendonly": "no",
+            "appendonly": "yes",
+            "appendfsync": "no",  # the file is to outlive the process, not the machine
             "dir": str(self._directory),
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]

@@ -166,7 +166,7 @@ async def _serve_engine(
         replica = Replica(
             role="attention",
             replica_id=settings.replica_id,
-            address=f"{settings.advertised_host}:{port}",
+            address=settings.grpc_address(port),
             fingerprint=checkpoint.fingerprint,
             pid=os.getpid(),
             max_context_tokens=max_context_tokens,

@@ -71,7 +71,7 @@ async def _serve_batcher(
         replica = Replica(
             role="ffn",
             replica_id=settings.replica_id,
-            address=f"{settings.advertised_host}:{port}",
+            address=settings.grpc_address(port),
             fingerprint=checkpoint.fingerprint,
             pid=os.getpid(),
             shard=settings.shard,

@@ -69,7 +69,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                 replica = Replica(
                     role="gateway",
                     replica_id=settings.replica_id,
-                    address=f"{settings.advertised_host}:{grpc_port}",
+                    address=settings.grpc_address(grpc_port),
                     fingerprint=balancer.fingerprint,
                     pid=os.getpid(),
                     http_address=f"{settings.advertised_host}:{http_port}",

@@ -1,4 +1,4 @@
-"""A TCP proxy before a Redis: delays, holds, cuts and refuses connections, and loses replies."""
+"""A TCP proxy before a server of this machine: delays, holds, cuts and refuses connections, and loses replies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 CHUNK_BYTES = 1 << 16
 
 
-class RedisProxy:
+class Proxy:
     """`delay_s` is of each way. Its loop runs in a thread of its own."""
 
     def __init__(self, target_port: int) -> None:
@@ -28,8 +28,8 @@ class RedisProxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     def refuse(self) -> None:
         """Nobody listens any more, and who is connected is cut off."""
@@ -51,7 +51,7 @@ class RedisProxy:
         self._call(self._flowing.set)
 
     def lose_replies(self, count: int) -> None:
-        """What Redis answers next is not delivered: the connections are reset instead."""
+        """What the server answers next is not delivered: the connections are reset instead."""
         self._replies_to_lose = count
 
     def _call(self, function: Callable[[], object]) -> None:
@@ -111,8 +111,8 @@ class RedisProxy:
 
 
 @contextlib.contextmanager
-def redis_proxy(target_port: int) -> Iterator[RedisProxy]:
-    proxy = RedisProxy(target_port)
+def tcp_proxy(target_port: int) -> Iterator[Proxy]:
+    proxy = Proxy(target_port)
     thread = threading.Thread(target=proxy._loop.run_forever)
     thread.start()
     try:

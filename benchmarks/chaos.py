@@ -1,0 +1,488 @@
+"""A mesh under load whose parts are killed, frozen, drained, cut off and slowed down at random: does every request end
+with the tokens of an undisturbed run? `python -m benchmarks.chaos --model models/step3-nano --minutes 5 --seed 1`.
+
+Every request and every fault is a function of the seed (when a fault strikes a stream is not). After the faults the
+same requests are asked once more, undisturbed, and compared token by token. Exit status 1 if anything was lost, wrong
+or shown twice, hung or leaked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from afd.bench import counters
+from afd.client import Client, Token
+from afd.errors import AfdError, PeerUnavailable
+from afd.mesh import Mesh, MeshOptions, Service
+from afd.state.embedded import EmbeddedRedis
+from benchmarks.proxy import Proxy, tcp_proxy
+
+_ADMISSION_TIMEOUT_S = 60.0
+_HANG_S = 120.0  # a stream without a token for so long
+_WATCH_S = 0.1
+_SETTLE_S = 20.0
+_STALL_S = 0.1  # what counts as one in the report
+_LEASE_S = 2.0
+_LEAKS = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
+
+
+# The load.
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request, as the seed has it."""
+
+    prompt: list[int]
+    options: dict[str, Any]
+    leaves_after: int | None  # the client goes away after so many tokens
+
+    @classmethod
+    def of(cls, seed: int, number: int, vocab_size: int) -> Question:
+        chooser = random.Random(f"{seed}-{number}")
+        prompt = [chooser.randrange(2, vocab_size) for _ in range(chooser.choice((1, 8, 40, 150)))]
+        options: dict[str, Any] = {"max_tokens": chooser.randint(20, 250), "ignore_eos": True}
+        if chooser.random() < 0.4:
+            options |= {"temperature": 0.8, "top_p": 0.95, "seed": chooser.randrange(1 << 30)}
+        if chooser.random() < 0.1:
+            options["n"] = 2
+        return cls(prompt, options, chooser.randint(1, 50) if chooser.random() < 0.1 else None)
+
+
+@dataclass
+class Answer:
+    """What a client saw of it."""
+
+    tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # ids, by choice and index
+    num_twice: int = 0
+    error: str = ""
+    stalls_s: list[tuple[float, float]] = field(default_factory=list)  # when it ended, and how long it was
+
+    def take(self, token: Token) -> None:
+        place = token.choice, token.index
+        self.num_twice += place in self.tokens
+        self.tokens[place] = token.id
+
+
+async def ask(client: Client, question: Question) -> Answer:
+    """The whole answer, or as much as the question wants. A refusal at the door is no loss: it is asked again."""
+    deadline = time.monotonic() + _ADMISSION_TIMEOUT_S
+    while True:
+        answer = Answer()
+        try:
+            await asyncio.wait_for(_follow(client, question, answer), None)
+            return answer
+        except PeerUnavailable as error:
+            if answer.tokens or time.monotonic() > deadline:
+                answer.error = f"{type(error).__name__}: {error}"
+                return answer
+            client._turn_to_next()
+            await asyncio.sleep(0.2)
+        except (AfdError, TimeoutError) as error:
+            answer.error = f"{type(error).__name__}: {error}"
+            return answer
+
+
+async def _follow(client: Client, question: Question, answer: Answer) -> None:
+    last: dict[int, float] = {}
+    stream = client.generate(question.prompt, **question.options)
+    try:
+        while (token := await asyncio.wait_for(anext(stream, None), _HANG_S)) is not None:
+            now = time.monotonic()
+            if token.choice in last and now - last[token.choice] > _STALL_S:
+                answer.stalls_s.append((now, now - last[token.choice]))
+            last[token.choice] = now
+            answer.take(token)
+            if len(answer.tokens) == question.leaves_after:
+                return
+    finally:
+        await stream.aclose()
+
+
+# The faults.
+
+
+@dataclass
+class Arena:
+    """The mesh and what can be done to it."""
+
+    mesh: Mesh
+    proxies: dict[str, Proxy]  # by replica_id: the way to its gRPC port
+    paused: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def services(self, role: str) -> list[Service]:
+        return [service for service in self.mesh.services if service.role == role and service.alive]
+
+
+@dataclass(frozen=True)
+class Fault:
+    at_s: float
+    kind: str
+    target: str
+
+
+Strike = Callable[[Arena, random.Random], Any]
+
+
+def _send(role: str, number: signal.Signals) -> Callable[[Arena, random.Random], Any]:
+    async def strike(arena: Arena, chooser: random.Random) -> str:
+        service = chooser.choice(arena.services(role))
+        assert service.process is not None
+        service.process.send_signal(number)
+        return service.replica_id
+
+    return strike
+
+
+def _freeze(role: str) -> Callable[[Arena, random.Random], Any]:
+    async def strike(arena: Arena, chooser: random.Random) -> str:
+        service, seconds = chooser.choice(arena.services(role)), chooser.uniform(0.3, 6.0)
+        process = service.process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(seconds)
+        process.send_signal(signal.SIGCONT)
+        return f"{service.replica_id} for {seconds:.1f} s"
+
+    return strike
+
+
+async def _reset(arena: Arena, chooser: random.Random) -> str:
+    name = chooser.choice(sorted(arena.proxies))
+    arena.proxies[name].cut()
+    return name
+
+
+async def _partition(arena: Arena, chooser: random.Random) -> str:
+    name, seconds = chooser.choice(sorted(arena.proxies)), chooser.uniform(0.5, 6.0)
+    arena.proxies[name].hold()
+    await asyncio.sleep(seconds)
+    arena.proxies[name].go_on()
+    return f"{name} for {seconds:.1f} s"
+
+
+async def _slow_down(arena: Arena, chooser: random.Random) -> str:
+    name, seconds, delay_s = chooser.choice(sorted(arena.proxies)), chooser.uniform(1, 4), chooser.uniform(0.01, 0.1)
+    arena.proxies[name].delay_s = delay_s
+    await asyncio.sleep(seconds)
+    arena.proxies[name].delay_s = 0.0
+    return f"{name} by {1e3 * delay_s:.0f} ms for {seconds:.1f} s"
+
+
+async def _kill_redis(arena: Arena, chooser: random.Random) -> str:
+    assert arena.mesh.embedded is not None
+    arena.mesh.embedded.process.kill()
+    return "redis"
+
+
+async def _freeze_redis(arena: Arena, chooser: random.Random) -> str:
+    assert arena.mesh.embedded is not None
+    process, seconds = arena.mesh.embedded.process, chooser.uniform(0.3, 4.0)
+    process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+    return f"redis for {seconds:.1f} s"
+
+
+FAULTS: dict[str, Strike] = {
+    **{f"SIGKILL {role}": _send(role, signal.SIGKILL) for role in ("gateway", "attention", "ffn")},
+    **{f"SIGTERM {role}": _send(role, signal.SIGTERM) for role in ("gateway", "attention", "ffn")},
+    **{f"SIGSTOP {role}": _freeze(role) for role in ("gateway", "attention", "ffn")},
+    "reset": _reset,
+    "partition": _partition,
+    "slow link": _slow_down,
+    "SIGKILL redis": _kill_redis,
+    "SIGSTOP redis": _freeze_redis,
+}
+
+
+async def strike_at_random(arena: Arena, chooser: random.Random, until: float, mean_s: float) -> list[Fault]:
+    """Faults of all kinds, each kind as often as the others, one about every mean_s; several can go on at once."""
+    done: list[Fault] = []
+    under_way: set[asyncio.Task[None]] = set()
+    deck: list[str] = []
+
+    async def strike(kind: str) -> None:
+        began = time.monotonic()
+        with contextlib.suppress(IndexError, ProcessLookupError):  # nobody of the role is alive just now
+            done.append(Fault(began, kind, await FAULTS[kind](arena, chooser)))
+
+    while time.monotonic() < until:
+        if not deck:
+            deck = list(FAULTS)
+            chooser.shuffle(deck)
+        task = asyncio.create_task(strike(deck.pop()))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+        await asyncio.sleep(chooser.expovariate(1 / mean_s))
+    await asyncio.gather(*under_way)
+    return done
+
+
+# The run.
+
+
+@dataclass
+class Plan:
+    seed: int
+    minutes: float
+    streams: int
+    mean_s: float
+    options: MeshOptions
+
+
+@dataclass
+class Outcome:
+    plan: Plan
+    faults: list[Fault]
+    answers: dict[int, Answer]
+    expected: dict[int, Answer]
+    questions: dict[int, Question]
+    leaks: dict[str, float]
+    tokens_per_s: tuple[float, float]  # with the faults, and without
+
+    @property
+    def lost(self) -> list[int]:
+        return [number for number, answer in self.answers.items() if answer.error]
+
+    @property
+    def wrong(self) -> list[int]:
+        return [number for number in self.answers if number not in self.lost and not self._is_right(number)]
+
+    @property
+    def num_twice(self) -> int:
+        return sum(answer.num_twice for answer in self.answers.values())
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.lost or self.wrong or self.num_twice or any(self.leaks.values()))
+
+    def _is_right(self, number: int) -> bool:
+        seen, expected = self.answers[number].tokens, self.expected[number].tokens
+        if self.questions[number].leaves_after is None:
+            return seen == expected
+        return all(expected.get(place) == token for place, token in seen.items())
+
+
+@contextlib.contextmanager
+def arena_of(options: MeshOptions) -> Iterator[Arena]:
+    """A mesh whose attention and FFN replicas are reached through proxies."""
+    with EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
+        mesh = Mesh(options, redis.url, redis)
+        proxies: dict[str, Proxy] = {}
+        for service in mesh.services:
+            if service.role != "gateway":
+                proxy = proxies[service.replica_id] = stack.enter_context(tcp_proxy(_free_port()))
+                service.settings |= {"grpc_port": proxy.target_port, "advertise_port": proxy.port}
+        stack.callback(mesh.stop)
+        mesh.start()
+        yield Arena(mesh, proxies)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def watched(mesh: Mesh) -> AsyncIterator[None]:
+    """What ends is started again."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.to_thread(mesh.watch)
+            await asyncio.sleep(_WATCH_S)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def run(plan: Plan, arena: Arena, notes: Console) -> Outcome:
+    questions: dict[int, Question] = {}
+    answers: dict[int, Answer] = {}
+    mesh, num_asked = arena.mesh, 0
+
+    async def keep_asking(client: Client, until: float, vocab_size: int) -> None:
+        nonlocal num_asked
+        while time.monotonic() < until:
+            number, num_asked = num_asked, num_asked + 1
+            questions[number] = Question.of(plan.seed, number, vocab_size)
+            answers[number] = await ask(client, questions[number])
+
+    async with watched(mesh), Client(mesh.target) as client:
+        vocab_size = (await client.get_model()).vocab_size
+        began, chooser = time.monotonic(), random.Random(plan.seed)
+        until = began + 60 * plan.minutes
+        asking = [asyncio.create_task(keep_asking(client, until, vocab_size)) for _ in range(plan.streams)]
+        striking = asyncio.create_task(strike_at_random(arena, chooser, until, plan.mean_s))
+        await _show_progress(notes, until, answers, plan.minutes)
+        faults, ended = await striking, time.monotonic()
+        await asyncio.gather(*asking)
+        disturbed_s = time.monotonic() - began
+        notes.print(f"{len(faults)} faults, {len(answers)} requests; asking them again, undisturbed", style="dim")
+        await _settle(mesh)
+        expected, undisturbed_s = await _undisturbed(plan, client, questions)
+        leaks = await _leaks(mesh)
+    del ended
+    number_of = lambda found: sum(len(answer.tokens) for answer in found.values())  # noqa: E731
+    speeds = number_of(answers) / disturbed_s, number_of(expected) / undisturbed_s
+    return Outcome(plan, faults, answers, expected, questions, leaks, speeds)
+
+
+async def _show_progress(notes: Console, until: float, answers: dict[int, Answer], minutes: float) -> None:
+    with Progress(console=notes, transient=True) as progress:
+        task = progress.add_task("faults", total=60 * minutes)
+        while (left := until - time.monotonic()) > 0:
+            lost = sum(bool(answer.error) for answer in answers.values())
+            progress.update(task, completed=60 * minutes - left, description=f"{len(answers)} requests, {lost} lost")
+            await asyncio.sleep(min(left, 0.5))
+
+
+async def _settle(mesh: Mesh) -> None:
+    """Until everybody is back."""
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        await asyncio.sleep(1.0)
+        with contextlib.suppress(PeerUnavailable):
+            await asyncio.to_thread(counters, mesh)
+            return
+
+
+async def _undisturbed(plan: Plan, client: Client, questions: dict[int, Question]) -> tuple[dict[int, Answer], float]:
+    expected: dict[int, Answer] = {}
+    left = sorted(questions, reverse=True)
+
+    async def keep_asking() -> None:
+        while left:
+            number = left.pop()
+            expected[number] = await ask(client, Question(questions[number].prompt, questions[number].options, None))
+
+    began = time.monotonic()
+    await asyncio.gather(*(keep_asking() for _ in range(plan.streams)))
+    return expected, time.monotonic() - began
+
+
+async def _leaks(mesh: Mesh) -> dict[str, float]:
+    """What is still held when nobody asks any more; all of it should be nothing."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        counted = await asyncio.to_thread(counters, mesh)
+        leaks = {name: counted[name] for name in _LEAKS}
+        ours = {service.process.pid for service in mesh.services if service.process}
+        strays = [child for child in psutil.Process().children() if "services." in " ".join(child.cmdline())]
+        leaks["processes"] = len([child for child in strays if child.pid not in ours])
+        leaks["files in /dev/shm"] = len(list(Path("/dev/shm").glob("afd-*")))
+        if not any(leaks.values()) or time.monotonic() > deadline:
+            return leaks
+        await asyncio.sleep(0.5)
+
+
+# The report.
+
+
+def report(outcome: Outcome) -> Iterator[Table | str]:
+    faults = Table("fault", "number", "stalls", "p50 ms", "p99 ms", "longest ms", title="faults and stalls after them")
+    for kind, number in sorted(Counter(fault.kind for fault in outcome.faults).items()):
+        stalls = _stalls_after(outcome, kind)
+        figures = (statistics.median(stalls), _quantile(stalls, 0.99), max(stalls)) if stalls else ()
+        faults.add_row(kind, str(number), str(len(stalls)), *(f"{1e3 * figure:.0f}" for figure in figures))
+    yield faults
+    sums = Table("", "number", title=f"seed {outcome.plan.seed}, {outcome.plan.minutes:g} minutes")
+    for name, value in as_json(outcome).items():
+        if isinstance(value, int | float):
+            sums.add_row(name, f"{value:g}")
+    yield sums
+    for number in (*outcome.lost, *outcome.wrong)[:10]:
+        yield f"request {number}: {outcome.answers[number].error or 'other tokens than undisturbed'}"
+
+
+def _stalls_after(outcome: Outcome, kind: str) -> list[float]:
+    """Of the stalls, each belongs to the last fault before its end's beginning."""
+    found = []
+    times = [(fault.at_s, fault.kind) for fault in outcome.faults]
+    for answer in outcome.answers.values():
+        for ended, seconds in answer.stalls_s:
+            struck = [(at, one) for at, one in times if at <= ended - seconds + _STALL_S]
+            if struck and max(struck)[1] == kind:
+                found.append(seconds)
+    return found
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "faults": len(outcome.faults),
+        "requests": len(outcome.answers),
+        "tokens": sum(len(answer.tokens) for answer in outcome.answers.values()),
+        "lost": len(outcome.lost),
+        "wrong": len(outcome.wrong),
+        "tokens shown twice": outcome.num_twice,
+        "tokens/s with faults": round(outcome.tokens_per_s[0], 1),
+        "tokens/s without": round(outcome.tokens_per_s[1], 1),
+        **{f"left: {name}": value for name, value in outcome.leaks.items()},
+        "by kind": dict(Counter(fault.kind for fault in outcome.faults)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("models/step3-nano"))
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="mean time between faults")
+    parser.add_argument("--topology", default="2A2F2", help="attention replicas, FFN shards, replicas of each")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    attention, ffn, replicas = (int(number) for number in arguments.topology.replace("F", "A").split("A"))
+    options = MeshOptions(
+        model=arguments.model,
+        attention=attention,
+        gateways=2,
+        ffn=ffn,
+        ffn_replicas=replicas,
+        dtype="float32",
+        threads=1,
+        settings={"lease_s": str(_LEASE_S), "log_level": "error", "drain_timeout_s": "2"},
+    )
+    console, notes = Console(), Console(stderr=True)
+    plan = Plan(arguments.seed, arguments.minutes, arguments.streams, arguments.every, options)
+    with arena_of(options) as arena:
+        outcome = asyncio.run(run(plan, arena, notes))
+    for part in report(outcome):
+        console.print(part)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(as_json(outcome), indent=2) + "\n")
+    sys.exit(0 if outcome.is_good else 1)
+
+
+if __name__ == "__main__":
+    main()
