@@ -27,6 +27,7 @@ from afd.v1 import ffn_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+_START_POLL_S = 0.02
 _LOOK_S = 0.2  # how soon a lost pair is seen
 _RETRY_S = 0.5
 _RETIRE_S = 2.0
@@ -83,8 +84,7 @@ class FfnConnector:
                     raise error
             if time.monotonic() > deadline:
                 raise PeerUnavailable(f"{self._what_is_missing()}, after {timeout_s:g} s of waiting")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+            await asyncio.sleep(_START_POLL_S)
 
     async def _follow_layout(self) -> None:
         async for layout in self.registry.watch_layout(Layout(1, self.settings.ffn_shards)):
