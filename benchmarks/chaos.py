@@ -14,11 +14,12 @@ import contextlib
 import json
 import random
 import signal
+import socket
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _HANG_S = 120.0  # a stream without a token for so long
 _WATCH_S = 0.1
 _SETTLE_S = 20.0
 _STALL_S = 0.1  # what counts as one in the report
+_NOTICED_S = 2.0  # after so long the mesh knows of a fault
 _LEASE_S = 2.0
 _LEAKS = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
 
@@ -88,7 +90,7 @@ async def ask(client: Client, question: Question) -> Answer:
     while True:
         answer = Answer()
         try:
-            await asyncio.wait_for(_follow(client, question, answer), None)
+            await _follow(client, question, answer)
             return answer
         except PeerUnavailable as error:
             if answer.tokens or time.monotonic() > deadline:
@@ -126,7 +128,6 @@ class Arena:
 
     mesh: Mesh
     proxies: dict[str, Proxy]  # by replica_id: the way to its gRPC port
-    paused: asyncio.Event = field(default_factory=asyncio.Event)
 
     def services(self, role: str) -> list[Service]:
         return [service for service in self.mesh.services if service.role == role and service.alive]
@@ -139,10 +140,10 @@ class Fault:
     target: str
 
 
-Strike = Callable[[Arena, random.Random], Any]
+Strike = Callable[[Arena, random.Random], Awaitable[str]]  # returns whom it struck, when it is over
 
 
-def _send(role: str, number: signal.Signals) -> Callable[[Arena, random.Random], Any]:
+def _send(role: str, number: signal.Signals) -> Strike:
     async def strike(arena: Arena, chooser: random.Random) -> str:
         service = chooser.choice(arena.services(role))
         assert service.process is not None
@@ -152,7 +153,7 @@ def _send(role: str, number: signal.Signals) -> Callable[[Arena, random.Random],
     return strike
 
 
-def _freeze(role: str) -> Callable[[Arena, random.Random], Any]:
+def _freeze(role: str) -> Strike:
     async def strike(arena: Arena, chooser: random.Random) -> str:
         service, seconds = chooser.choice(arena.services(role)), chooser.uniform(0.3, 6.0)
         process = service.process
@@ -214,6 +215,21 @@ FAULTS: dict[str, Strike] = {
 }
 
 
+async def strike_one_by_one(
+    arena: Arena, chooser: random.Random, until: float, kind: str, pause_s: float
+) -> list[Fault]:
+    """Faults of one kind, each when nothing is left of the one before: all are back for pause_s."""
+    done: list[Fault] = []
+    await asyncio.sleep(pause_s)
+    while time.monotonic() < until:
+        began = time.monotonic()
+        done.append(Fault(began, kind, await FAULTS[kind](arena, chooser)))
+        await asyncio.sleep(_NOTICED_S)
+        await _until_all_answer(arena.mesh)
+        await asyncio.sleep(pause_s)
+    return done
+
+
 async def strike_at_random(arena: Arena, chooser: random.Random, until: float, mean_s: float) -> list[Fault]:
     """Faults of all kinds, each kind as often as the others, one about every mean_s; several can go on at once."""
     done: list[Fault] = []
@@ -245,7 +261,8 @@ class Plan:
     seed: int
     minutes: float
     streams: int
-    mean_s: float
+    every_s: float
+    only: str | None  # one kind of fault, one after the other
     options: MeshOptions
 
 
@@ -298,8 +315,6 @@ def arena_of(options: MeshOptions) -> Iterator[Arena]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -339,19 +354,25 @@ async def run(plan: Plan, arena: Arena, notes: Console) -> Outcome:
         began, chooser = time.monotonic(), random.Random(plan.seed)
         until = began + 60 * plan.minutes
         asking = [asyncio.create_task(keep_asking(client, until, vocab_size)) for _ in range(plan.streams)]
-        striking = asyncio.create_task(strike_at_random(arena, chooser, until, plan.mean_s))
+        if plan.only:
+            strikes = strike_one_by_one(arena, chooser, until, plan.only, plan.every_s)
+        else:
+            strikes = strike_at_random(arena, chooser, until, plan.every_s)
+        striking = asyncio.create_task(strikes)
         await _show_progress(notes, until, answers, plan.minutes)
-        faults, ended = await striking, time.monotonic()
+        faults = await striking
         await asyncio.gather(*asking)
         disturbed_s = time.monotonic() - began
         notes.print(f"{len(faults)} faults, {len(answers)} requests; asking them again, undisturbed", style="dim")
-        await _settle(mesh)
+        await _until_all_answer(mesh)
         expected, undisturbed_s = await _undisturbed(plan, client, questions)
         leaks = await _leaks(mesh)
-    del ended
-    number_of = lambda found: sum(len(answer.tokens) for answer in found.values())  # noqa: E731
-    speeds = number_of(answers) / disturbed_s, number_of(expected) / undisturbed_s
+    speeds = _num_tokens(answers) / disturbed_s, _num_tokens(expected) / undisturbed_s
     return Outcome(plan, faults, answers, expected, questions, leaks, speeds)
+
+
+def _num_tokens(answers: dict[int, Answer]) -> int:
+    return sum(len(answer.tokens) for answer in answers.values())
 
 
 async def _show_progress(notes: Console, until: float, answers: dict[int, Answer], minutes: float) -> None:
@@ -363,11 +384,11 @@ async def _show_progress(notes: Console, until: float, answers: dict[int, Answer
             await asyncio.sleep(min(left, 0.5))
 
 
-async def _settle(mesh: Mesh) -> None:
-    """Until everybody is back."""
+async def _until_all_answer(mesh: Mesh) -> None:
+    """Everybody is back, or it has taken too long."""
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         with contextlib.suppress(PeerUnavailable):
             await asyncio.to_thread(counters, mesh)
             return
@@ -441,7 +462,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "faults": len(outcome.faults),
         "requests": len(outcome.answers),
-        "tokens": sum(len(answer.tokens) for answer in outcome.answers.values()),
+        "tokens": _num_tokens(outcome.answers),
         "lost": len(outcome.lost),
         "wrong": len(outcome.wrong),
         "tokens shown twice": outcome.num_twice,
@@ -459,6 +480,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="mean time between faults")
+    parser.add_argument("--only", choices=FAULTS, help="faults of this kind alone, each when all are back")
     parser.add_argument("--topology", default="2A2F2", help="attention replicas, FFN shards, replicas of each")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -474,7 +496,7 @@ def main() -> None:
         settings={"lease_s": str(_LEASE_S), "log_level": "error", "drain_timeout_s": "2"},
     )
     console, notes = Console(), Console(stderr=True)
-    plan = Plan(arguments.seed, arguments.minutes, arguments.streams, arguments.every, options)
+    plan = Plan(arguments.seed, arguments.minutes, arguments.streams, arguments.every, arguments.only, options)
     with arena_of(options) as arena:
         outcome = asyncio.run(run(plan, arena, notes))
     for part in report(outcome):

@@ -56,7 +56,8 @@ class Proxy:
 
     def _call(self, function: Callable[[], object]) -> None:
         done = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        self._loop.call_soon_threadsafe(function)
+        self._loop.call_soon_threadsafe(done.set)
         assert done.wait(5)
 
     async def _listen(self) -> None:
