@@ -16,7 +16,7 @@ from afd.handoff.control import ControlStream
 from afd.handoff.frame import FrameRules, Timing
 from afd.handoff.negotiate import connect_pair
 from afd.handoff.nixl import NixlEndpoint, NixlTransport
-from afd.handoff.nixl_link import MOST_BYTES_BESIDE_A_NOTE, NixlLink
+from afd.handoff.nixl_link import MOST_BYTES_BESIDE_A_NOTE, NixlLink, Note
 from afd.handoff.slots import FrameSlots, Region
 from afd.v1 import ffn_pb2 as pb
 from tests.conftest import Model, needs_nixl
@@ -116,7 +116,7 @@ def sides() -> Sides:
     return one, other
 
 
-def notes(reading: Side, writing: Side) -> Iterator[tuple[int, int]]:
+def notes(reading: Side, writing: Side) -> Iterator[Note]:
     """What arrives while both look."""
     for _ in range(100_000):
         yield from reading.link.poll()
@@ -130,9 +130,11 @@ def test_note_comes_when_what_was_written_is_in_place(sides: Sides) -> None:
     for number, num_bytes in enumerate(4 * sizes, start=1):
         one.outgoing.bytes.fill_(number)
         one.link.write(number % 2, num_bytes, number)
-        assert next(notes(other, one)) == (number, number % 2)
-        start = (number % 2) * NUM_BYTES // 2
-        assert other.incoming.bytes[start : start + num_bytes].unique().tolist() == [number]
+        frame_id, slot, there = next(notes(other, one))
+        assert (frame_id, slot) == (number, number % 2)
+        assert there is (other.link.beside if num_bytes <= MOST_BYTES_BESIDE_A_NOTE else other.incoming)
+        start = slot * NUM_BYTES // 2
+        assert there.bytes[start : start + num_bytes].unique().tolist() == [number]
 
 
 @needs_nixl
@@ -141,9 +143,21 @@ def test_slot_that_is_written_again_at_once_ends_with_what_came_last(sides: Side
     for number in range(1, 20):
         one.outgoing.bytes.fill_(number)
         one.link.write(0, 4096 if number % 3 else NUM_BYTES // 2, number)
-    last = next(note for note in notes(other, one) if note[0] == 19)
-    assert last == (19, 0)
-    assert other.incoming.bytes[:4096].unique().tolist() == [19]
+    last = next(note for note in notes(other, one) if note.frame_id == 19)
+    assert last.slot == 0
+    assert last.region.bytes[:4096].unique().tolist() == [19]
+
+
+@needs_nixl
+def test_what_comes_beside_a_note_does_not_overwrite_the_slots_next_frame(sides: Sides) -> None:
+    one, other = sides
+    for number in range(1, 40, 2):
+        one.outgoing.bytes.fill_(number)
+        one.link.write(0, 64, number)
+        one.outgoing.bytes.fill_(number + 1)
+        one.link.write(0, NUM_BYTES // 2, number + 1)
+        large = next(note for note in notes(other, one) if note.frame_id == number + 1)
+        assert large.region.bytes[: NUM_BYTES // 2].unique().tolist() == [number + 1]
 
 
 @needs_nixl
@@ -160,7 +174,7 @@ def test_more_than_a_slot_holds_ends_the_pair(sides: Sides) -> None:
 def test_note_that_is_none_ends_the_pair(sides: Sides, note: bytes) -> None:
     one, other = sides
     one.link.write(0, 64, 1)
-    assert next(notes(other, one)) == (1, 0)
+    assert next(notes(other, one)).frame_id == 1
     one.link._agent.send_notif(one.link._peer_agent, note)
     with pytest.raises(PeerUnavailable, match="the other side tells by NIXL of a slot that does not exist"):
         next(notes(other, one))
@@ -219,9 +233,9 @@ async def test_pair_that_ends_frees_its_agents_but_keeps_the_addresses(model: Mo
         (endpoint,) = shard.servicer.batcher.endpoints or (None,)
         assert isinstance(endpoint, NixlEndpoint)
         links = [weakref.ref(side._link) for side in (pair.transport, endpoint)]
-        retired = [weakref.ref(side.region) for side in (pair.transport.answers, endpoint.frames)]
-        endpoint.frames.region.bytes.fill_(7)
-        frames = endpoint.frames.region
+        retired = [weakref.ref(side._link._incoming) for side in (pair.transport, endpoint)]
+        frames = endpoint._link._incoming
+        frames.bytes.fill_(7)
         del endpoint
         pair.close()
         await until_no_pair_is_left(shard)

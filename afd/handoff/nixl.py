@@ -14,7 +14,7 @@ from torch import Tensor
 from afd.errors import AfdError, InternalError, InvalidRequest, PeerUnavailable, TransportUnavailable
 from afd.handoff.control import ControlStream, refusal
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
-from afd.handoff.nixl_link import NixlLink
+from afd.handoff.nixl_link import NixlLink, Note
 from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape
 from afd.v1 import ffn_pb2 as pb
 
@@ -30,12 +30,11 @@ class NixlTransport:
         """Raises TransportUnavailable if one side has no NIXL, or they do not fit."""
         shape = frames.shape
         self.shape = shape
-        self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
-        self.regions = (self.answers.region,)
-        self._answered = [0] * shape.num_slots
-        self._link = NixlLink(
-            "attention replica", f"the FFN at {address}", frames.region, self.answers.region, shape.num_slots
-        )
+        written = Region.private(shape.num_slots * shape.answer_stride)
+        self._link = NixlLink("attention replica", f"the FFN at {address}", frames.region, written, shape.num_slots)
+        self._answers = {region: AnswerSlots(region, shape) for region in (written, self._link.beside)}
+        self.regions = tuple(self._answers)
+        self._answered = [Note(0, slot, written) for slot in range(shape.num_slots)]
         hello.nixl.CopyFrom(self._link.offer)
         self.control = ControlStream(address, hello)
         self.bells = (self.control.bell, None)
@@ -50,14 +49,15 @@ class NixlTransport:
         self._link.write(frame.slot, self.shape.frame_bytes(frame.num_tokens), frame.frame_id)
 
     def answer(self, frame: Frame) -> FrameOutput | None:
-        for frame_id, slot in self._link.poll():
-            self._answered[slot] = frame_id
-        if self._answered[frame.slot] != frame.frame_id:
+        for note in self._link.poll():
+            self._answered[note.slot] = note
+        frame_id, _, region = self._answered[frame.slot]
+        if frame_id != frame.frame_id:
             self.control.check(frame.frame_id)
             return None
         self.control.forget(frame.frame_id)
         try:
-            return self.answers.read(frame.slot, frame.num_tokens)
+            return self._answers[region].read(frame)
         except InternalError as error:
             raise InternalError(f"the FFN at {self.control.address}: {error}") from None
 
@@ -86,9 +86,8 @@ class NixlEndpoint:
         self.hang_up = hang_up
         self.rules = rules
         self.shape = shape
-        self.frames = FrameSlots(Region.private(shape.num_slots * shape.frame_stride), shape)
+        written = Region.private(shape.num_slots * shape.frame_stride)
         self.answers = AnswerSlots(Region.private(shape.num_slots * shape.answer_stride), shape)
-        self.regions = (self.frames.region, self.answers.region)
         self._held = [0] * shape.num_slots
         self._awaited: set[int] = set()
         self._is_lost = False
@@ -96,14 +95,16 @@ class NixlEndpoint:
             "FFN",
             f"the attention replica {hello.replica_id}",
             self.answers.region,
-            self.frames.region,
+            written,
             shape.num_slots,
         )
+        self._frames = {region: FrameSlots(region, shape) for region in (written, self._link.beside)}
+        self.regions = (*self._frames, self.answers.region)
         self._link.connect(hello.nixl)
         self.offer = self._link.offer
 
     def poll(self) -> list[Frame]:
-        frames = [self._take(frame_id, slot) for frame_id, slot in self._notes()]
+        frames = [self._take(note) for note in self._notes()]
         return [frame for frame in frames if frame is not None]
 
     def drop(self, frame_id: int) -> None:
@@ -132,19 +133,20 @@ class NixlEndpoint:
         """The agent goes with the last look at it, which may be the batcher's."""
         self._awaited.clear()
 
-    def _notes(self) -> list[tuple[int, int]]:
+    def _notes(self) -> list[Note]:
         try:
             return [] if self._is_lost else self._link.poll()
         except PeerUnavailable as error:
             self._give_up(error)
             return []
 
-    def _take(self, frame_id: int, slot: int) -> Frame | None:
+    def _take(self, note: Note) -> Frame | None:
+        frame_id, slot, region = note
         self._awaited.discard(self._held[slot])
         self._awaited.add(frame_id)
         self._held[slot] = frame_id
         try:
-            frame = self.frames.read(slot, self.rules)
+            frame = self._frames[region].read(slot, self.rules)
         except InvalidRequest as error:
             self.refuse(frame_id, error)
             return None

@@ -14,7 +14,7 @@ import time
 import uuid
 import weakref
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from afd.errors import PeerUnavailable, TransportUnavailable
 from afd.handoff.slots import Region
@@ -50,8 +50,17 @@ def _load(role: str) -> ModuleType:
     )
 
 
+class Note(NamedTuple):
+    """The other side has filled a slot: of the memory that it writes to, or of that beside."""
+
+    frame_id: int
+    slot: int
+    region: Region
+
+
 class NixlLink:
-    """Slot i of this side's `outgoing` goes to slot i of the other one's `incoming`. Used by one thread at a time."""
+    """Slot i of this side's `outgoing` goes to slot i of the other one's `incoming`, or to that of `beside` if it came
+    with its note: the slot's next frame may be on its way to `incoming` already. Used by one thread at a time."""
 
     def __init__(self, role: str, peer: str, outgoing: Region, incoming: Region, num_slots: int) -> None:
         """`role` and `peer` say in errors who this side and the other one are. Raises TransportUnavailable if this
@@ -64,6 +73,7 @@ class NixlLink:
         self._num_slots = num_slots
         self._outgoing = outgoing
         self._incoming = incoming
+        self.beside = Region.private(incoming.bytes.nbytes)
         self._handles: dict[tuple[int, int], Any] = {}  # by slot and number of bytes
         self._moving: dict[int, Any] = {}  # by slot: the handle that is under way
         self._due: dict[int, tuple[int, int]] = {}  # by slot: number of bytes and frame_id that follow it
@@ -101,8 +111,8 @@ class NixlLink:
         while slot in self._moving and time.monotonic() < deadline:
             self._move_on()
 
-    def poll(self) -> list[tuple[int, int]]:
-        """The frame_id and slot of what the other side has written since the last look. Raises PeerUnavailable."""
+    def poll(self) -> list[Note]:
+        """What the other side has written since the last look. Raises PeerUnavailable."""
         if self._moving:
             self._move_on()
         try:
@@ -151,16 +161,18 @@ class NixlLink:
         self._handles[slot, num_bytes] = handle
         return handle
 
-    def _read(self, note: bytes) -> tuple[int, int]:
+    def _read(self, note: bytes) -> Note:
         frame_id, slot = _NOTE.unpack_from(note) if len(note) >= _NOTE.size else (0, self._num_slots)
         if slot >= self._num_slots:
             raise PeerUnavailable(f"{self._peer} tells by NIXL of a slot that does not exist")
-        if num_bytes := len(note) - _NOTE.size:
-            stride = self._incoming.bytes.nbytes // self._num_slots
-            if num_bytes > stride:
-                raise PeerUnavailable(f"{self._peer} sends by NIXL more than a slot holds")
-            self._incoming.memory[slot * stride : slot * stride + num_bytes] = note[_NOTE.size :]
-        return frame_id, slot
+        num_bytes = len(note) - _NOTE.size
+        if not num_bytes:
+            return Note(frame_id, slot, self._incoming)
+        stride = self.beside.bytes.nbytes // self._num_slots
+        if num_bytes > stride:
+            raise PeerUnavailable(f"{self._peer} sends by NIXL more than a slot holds")
+        self.beside.memory[slot * stride : slot * stride + num_bytes] = note[_NOTE.size :]
+        return Note(frame_id, slot, self.beside)
 
     def _lost(self, error: Exception) -> PeerUnavailable:
         return PeerUnavailable(f"{self._peer} is lost to NIXL: {error}")

@@ -187,7 +187,7 @@ class ShmTransport:
             return None
         self.control.forget(frame.frame_id)
         try:
-            return self.answers.read(frame.slot, frame.num_tokens)
+            return self.answers.read(frame)
         except InternalError as error:
             raise InternalError(f"the FFN at {self.control.address}: {error}") from None
 

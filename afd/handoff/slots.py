@@ -247,14 +247,15 @@ class AnswerSlots:
         """The id of the frame that the answer in a slot belongs to."""
         return self.region.words[slot * self.shape.answer_stride // 8]
 
-    def read(self, slot: int, num_tokens: int) -> FrameOutput:
-        """The answer posted in a slot, for a frame of num_tokens; it is not copied. Raises InternalError."""
-        header = _ANSWER.unpack_from(self.region.memory, slot * self.shape.answer_stride)
-        _, num_bytes, answered_tokens, num_batch_tokens, queue_ns, compute_ns = header
-        if (answered_tokens, num_bytes) != (num_tokens, self.shape.answer_bytes(num_tokens)):
+    def read(self, frame: Frame) -> FrameOutput:
+        """The answer posted in a frame's slot; it is not copied. Raises InternalError if it is none to this frame."""
+        header = _ANSWER.unpack_from(self.region.memory, frame.slot * self.shape.answer_stride)
+        frame_id, num_bytes, answered_tokens, num_batch_tokens, queue_ns, compute_ns = header
+        if frame_id != frame.frame_id:
+            raise InternalError(f"the answer is to frame {frame_id}, not to frame {frame.frame_id}")
+        if (answered_tokens, num_bytes) != (frame.num_tokens, self.shape.answer_bytes(frame.num_tokens)):
             raise InternalError(
-                f"the answer has {answered_tokens} tokens in {num_bytes} bytes, but the frame had {num_tokens}"
+                f"the answer has {answered_tokens} tokens in {num_bytes} bytes, but the frame had {frame.num_tokens}"
             )
-        return FrameOutput(
-            self.buffer(slot, num_tokens), Timing(queue_ns, compute_ns, num_batch_tokens), time.perf_counter_ns()
-        )
+        timing = Timing(queue_ns, compute_ns, num_batch_tokens)
+        return FrameOutput(self.buffer(frame.slot, frame.num_tokens), timing, time.perf_counter_ns())
