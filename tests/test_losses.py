@@ -7,13 +7,15 @@ import contextlib
 import itertools
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from afd import Client, Token
-from afd.errors import PeerUnavailable
+from afd.errors import DeadlineExceeded, PeerUnavailable
 from afd.handoff.shm import DIRECTORY
 from afd.mesh import Mesh, Service
 from tests.conftest import Model, StartMesh, needs_nixl
@@ -137,18 +139,49 @@ def test_mesh_goes_on_after_its_embedded_redis_was_killed(
 def test_ffn_shard_that_stays_away_ends_requests_with_a_sentence(
     make_model: Callable[[int], Model], start_mesh: StartMesh
 ) -> None:
-    with start_mesh(make_model(4).path, 1, 2, lease_s=1, ffn_recovery_s=1) as mesh:
-        with pytest.raises(PeerUnavailable, match="FFN shard 1/2"):
+    with start_mesh(make_model(4).path, 1, 2, lease_s=1, ffn_recovery_s=1, failover_timeout_s=2) as mesh:
+        with pytest.raises(DeadlineExceeded, match=r"nobody could go on .* FFN shard 1/2 has no replica"):
             asyncio.run(generate(mesh, 500, {20: lambda: kill(mesh, "ffn-1")}))
         mesh.watch()
         model = make_model(4)
-        for _ in range(100):
+        deadline = time.monotonic() + 20
+        while True:
             try:
                 tokens = asyncio.run(generate(mesh, 5, {}))
                 break
             except PeerUnavailable:
-                continue
+                assert time.monotonic() < deadline
         model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+def test_without_an_ffn_shard_what_runs_waits_and_what_begins_is_told_when_to_come_again(
+    make_model: Callable[[int], Model], start_mesh: StartMesh
+) -> None:
+    model = make_model(4)
+
+    async def refusal(mesh: Mesh) -> PeerUnavailable:
+        async with asyncio.timeout(20):
+            while True:
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(urllib.error.HTTPError):
+                    urllib.request.urlopen(f"{mesh.http_url}/health", timeout=5)
+                    continue
+                with pytest.raises(PeerUnavailable) as raised:
+                    await generate(mesh, 5, {})
+                return raised.value
+
+    async def run(mesh: Mesh) -> list[Token]:
+        running = asyncio.create_task(generate(mesh, 100, {20: lambda: kill(mesh, "ffn-1")}))
+        error = await refusal(mesh)
+        assert str(error) == "an FFN shard has no replica"
+        assert error.retry_after_s == 2
+        assert not running.done()
+        await asyncio.to_thread(mesh.watch)
+        return await running
+
+    with start_mesh(model.path, 1, 2, lease_s=1) as mesh:
+        tokens = asyncio.run(run(mesh))
+    model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])

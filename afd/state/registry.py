@@ -90,6 +90,7 @@ class Replica:
     pid: int
     shard: tuple[int, int] | None = None  # (i, M) of an FFN replica
     max_context_tokens: int = 0  # of an attention replica: the longest prompt and output it can hold
+    is_ready: bool = True  # of an attention replica: every shard of its FFN has a replica
     http_address: str | None = None  # of a gateway
     metrics_address: str | None = None
     transports: tuple[str, ...] = field(default=("inline",))

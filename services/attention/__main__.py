@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -172,7 +173,7 @@ async def _serve_engine(
             max_context_tokens=max_context_tokens,
             metrics_address=f"{settings.advertised_host}:{metrics_port}",
         )
-        async with registry.registered(lambda: replica):
+        async with registry.registered(lambda: dataclasses.replace(replica, is_ready=engine.decoder.ffn.is_whole)):
             await stop.wait()
         servicer.draining = True
         await until_none_open(lambda: servicer.num_open, settings.drain_timeout_s)

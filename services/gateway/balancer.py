@@ -40,8 +40,8 @@ class Balancer:
         self._changed = asyncio.Event()
 
     @property
-    def num_replicas(self) -> int:
-        return len(self._replicas)
+    def num_ready(self) -> int:
+        return sum(entry.replica.is_ready for entry in self._replicas.values())
 
     @property
     def max_context_tokens(self) -> int:
@@ -61,6 +61,8 @@ class Balancer:
                 log.info("attention replica %s is gone", gone.replica.replica_id)
                 if gone.num_sequences == 0:
                     await gone.channel.close()
+            for incarnation in current.keys() & self._replicas.keys():
+                self._replicas[incarnation].replica = current[incarnation]
             for incarnation in current.keys() - self._replicas.keys():
                 replica = current[incarnation]
                 self._replicas[incarnation] = _connect(replica)
@@ -85,6 +87,7 @@ class Balancer:
     def choose(self, lost: Set[AttentionReplica] = frozenset()) -> AttentionReplica | None:
         """The replica for one sequence, if there is one."""
         candidates = [entry for entry in self._replicas.values() if entry not in lost]
+        candidates = [entry for entry in candidates if entry.replica.is_ready] or candidates
         return min(candidates, key=lambda entry: entry.num_sequences, default=None)
 
     @asynccontextmanager

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from afd.errors import PeerUnavailable
+from afd.errors import DeadlineExceeded, PeerUnavailable
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
 
@@ -29,8 +29,8 @@ class Failover:
 
     @asynccontextmanager
     async def picked(self) -> AsyncIterator[AttentionReplica]:
-        """The replica to try next, counted while the block runs. Raises PeerUnavailable when there is none, or the
-        time is over."""
+        """The replica to try next, counted while the block runs. Raises PeerUnavailable when there is none, or
+        DeadlineExceeded when one was awaited in vain."""
         entry = await self._choose()
         async with self.balancer.counted(entry):
             yield entry
@@ -52,12 +52,16 @@ class Failover:
             self._failing_since = None
 
     async def _choose(self) -> AttentionReplica:
+        self._check_time()
         while (entry := self.balancer.choose(self._lost)) is None:
             if not self.is_begun:
                 raise self._reason
-            since = self._failing_since = self._failing_since or time.monotonic()
-            if time.monotonic() > since + self.timeout_s:
-                raise PeerUnavailable(f"nobody could go on with the request for {self.timeout_s:g} s: {self._reason}")
+            self._failing_since = self._failing_since or time.monotonic()
             await self.balancer.wait_for_change(_PAUSE_S)
             self._lost.clear()  # who was lost may be back
+            self._check_time()
         return entry
+
+    def _check_time(self) -> None:
+        if self._failing_since is not None and time.monotonic() > self._failing_since + self.timeout_s:
+            raise DeadlineExceeded(f"nobody could go on with the request for {self.timeout_s:g} s: {self._reason}")

@@ -33,6 +33,7 @@ from services.gateway.transcript import Token, Transcript
 
 log = logging.getLogger(__name__)
 
+_RETRY_AFTER_S = 2.0  # a replica that was started again takes about so long
 _REQUEST_ID = re.compile(r"[!-~]{0,128}")
 
 
@@ -44,6 +45,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams  # seed and max_tokens are set
     resumed_at: tuple[int, ...] | None = None  # index of the first token wanted of each choice; None: it begins
+    epochs: tuple[int, ...] = ()  # of the records of its choices, once they are written
 
 
 class _Lost(Exception):
@@ -69,20 +71,21 @@ class _Running:
 
 
 class _Ownership:
-    """Whose a choice is: its record, whose epoch is this gateway's last word on it; 0: it has none yet."""
+    """Whose a choice is: its record, whose epoch is this gateway's last word on it."""
 
-    def __init__(self, store: RequestStore, key: SequenceKey, record: RequestRecord) -> None:
+    def __init__(self, store: RequestStore, key: SequenceKey, record: RequestRecord, is_new: bool) -> None:
         self.store = store
         self.key = key
         self.record = record
+        self._is_new = is_new  # nobody has decoded in this epoch yet
 
     async def claim(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
-        """Begins the next epoch, with an attention replica as the owner. Returns what the journal has behind the
-        transcript. Raises StaleEpoch if another gateway has done so."""
-        record = replace(self.record, owner=owner, status="running")
-        if record.epoch == 0:
-            self.record = replace(record, epoch=await self.store.create(self.key, record))
+        """Begins the next epoch, with an attention replica as the owner; the first one has that of the new record. Returns
+        what the journal has behind the transcript. Raises StaleEpoch if another gateway has claimed it."""
+        if self._is_new:
+            self._is_new = False
             return []
+        record = replace(self.record, owner=owner, status="running")
         journal = await self.store.take_over(self.key, record, transcript.tokens)
         self.record = replace(record, epoch=record.epoch + 1)
         return journal[len(transcript.tokens) :]
@@ -117,8 +120,9 @@ class Generator:
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
         max_context = self.balancer.max_context_tokens
-        if not max_context:
-            raise PeerUnavailable("no attention replica is ready")
+        if not self.balancer.num_ready:
+            missing = "an FFN shard has no replica" if max_context else "no attention replica is ready"
+            raise PeerUnavailable(missing, retry_after_s=_RETRY_AFTER_S)
         if not _REQUEST_ID.fullmatch(request_id):
             raise InvalidRequest(
                 "request_id must be at most 128 printable ASCII characters without spaces", "request_id"
@@ -149,6 +153,12 @@ class Generator:
             prompt_ids,
             replace(params, seed=seed, max_tokens=params.max_tokens or room),
         )
+
+    async def begin(self, request: Request) -> Request:
+        """Writes down what it takes to resume the request; from then on it is not lost. Raises PeerUnavailable."""
+        keys = [SequenceKey(request.request_id, choice) for choice in range(request.params.n)]
+        epochs = await asyncio.gather(*(self.store.create(key, _record(request, epoch=0)) for key in keys))
+        return replace(request, epochs=tuple(epochs))
 
     def _refuse_running(self, request_id: str) -> None:
         if request_id in self._running:
@@ -184,7 +194,8 @@ class Generator:
         return Request(request_id, list(record.prompt_ids), params, resumed_at)
 
     async def generate(self, request: Request, parent: dict[str, str] | None = None) -> AsyncGenerator[Token, None]:
-        """The tokens of all choices as they come. Closing the iterator cancels the request everywhere.
+        """The tokens of all choices of a request that was begun or reopened, as they come. Closing the iterator cancels
+        the request everywhere.
 
         Raises PeerUnavailable, DeadlineExceeded, Cancelled, or what the attention replica refuses.
         """
@@ -244,11 +255,10 @@ class Generator:
 
     async def _ownership(self, request: Request, choice: int) -> _Ownership:
         key = SequenceKey(request.request_id, choice)
-        record = await self.store.record(key) if request.resumed_at else None
-        if record is None:
-            sampling = sampling_to_proto(request.params).SerializeToString()
-            record = RequestRecord(tuple(request.prompt_ids), sampling, owner="", epoch=0)
-        return _Ownership(self.store, key, record)
+        if request.resumed_at is None:
+            return _Ownership(self.store, key, _record(request, request.epochs[choice]), is_new=True)
+        record = await self.store.record(key) or _record(request, epoch=0)
+        return _Ownership(self.store, key, record, is_new=False)
 
     async def _follow(
         self, request: Request, ownership: _Ownership, transcript: Transcript, span: trace.Span
@@ -335,6 +345,11 @@ class Generator:
 
 
 _BACKGROUND: set[asyncio.Task[None]] = set()
+
+
+def _record(request: Request, epoch: int) -> RequestRecord:
+    sampling = sampling_to_proto(request.params).SerializeToString()
+    return RequestRecord(tuple(request.prompt_ids), sampling, owner="", epoch=epoch)
 
 
 def _journaled(response: attention_pb2.DecodeResponse) -> JournaledToken:

@@ -53,7 +53,7 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        ready = generator.balancer.num_replicas > 0 and not generator.draining and await generator.store.is_reachable()
+        ready = generator.balancer.num_ready > 0 and not generator.draining and await generator.store.is_reachable()
         return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics")
@@ -143,7 +143,8 @@ def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, st
     """The tokens of all prompts as they come; the index of a choice counts prompts first, then their n choices."""
 
     async def numbered(number: int, one: Admitted) -> AsyncGenerator[Part, None]:
-        async with contextlib.aclosing(generator.generate(one, carrier)) as tokens:
+        begun = one if one.resumed_at else await generator.begin(one)
+        async with contextlib.aclosing(generator.generate(begun, carrier)) as tokens:
             async for token in tokens:
                 yield Part(number * one.params.n + token.choice, token)
 

@@ -28,9 +28,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             admitted = self.generator.admit(
                 request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
-            yield pb.GenerateResponse(started=_started(admitted))
-            generated = self.generator.generate(admitted, rpc.metadata_of(context))
-            async with contextlib.aclosing(self.gatekeeper.metered(caller, [admitted], generated)) as tokens:
+            begun = await self.generator.begin(admitted)
+            yield pb.GenerateResponse(started=_started(begun))
+            generated = self.generator.generate(begun, rpc.metadata_of(context))
+            async with contextlib.aclosing(self.gatekeeper.metered(caller, [begun], generated)) as tokens:
                 async for token in tokens:
                     yield pb.GenerateResponse(token=_token(token))
 
