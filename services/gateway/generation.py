@@ -80,7 +80,7 @@ class _Ownership:
         self._is_new = is_new  # nobody has decoded in this epoch yet
 
     async def claim(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
-        """Begins the next epoch, with an attention replica as the owner; the first one has that of the new record. Returns
+        """Begins the next epoch, with an attention replica as the owner; the first has that of the new record. Returns
         what the journal has behind the transcript. Raises StaleEpoch if another gateway has claimed it."""
         if self._is_new:
             self._is_new = False
