@@ -111,6 +111,7 @@ class FfnConnector:
                 self._coming_up[incarnation] = task
             gone = [pair for name, pair in self._pairs.items() if pair.is_lost or name not in self._replicas]
             self._pairs = {name: pair for name, pair in self._pairs.items() if pair not in gone}
+            self._failures = {name: error for name, error in self._failures.items() if name in self._replicas}
             self._route()
             for pair in gone:
                 self._retire(pair)
