@@ -153,6 +153,7 @@ class AttentionSettings(ComputeSettings):
         "model", description="of tensors on their way: the model's, or fp8 to the FFN and bfloat16 back"
     )
     max_sequences: Count = Field(128, description="sequences decoded at once; more wait")
+    max_waiting: Annotated[int, Field(ge=0)] = Field(1000, description="sequences that wait at most; more are refused")
     prefill_chunk_tokens: Count = Field(512, description="prompt tokens in flight at once, all sequences together")
     block_size: Count = Field(16, description="tokens in a KV block")
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -193,6 +194,7 @@ class GatewaySettings(ServiceSettings):
     max_body_bytes: Count = Field(8 << 20, description="largest request accepted, bytes")
     max_header_bytes: Count = Field(32 << 10, description="largest HTTP header or gRPC metadata accepted, bytes")
     read_timeout_s: Seconds = Field(30.0, description="longest time that a request may take to arrive")
+    max_requests: Count = Field(10_000, description="requests open at once; more are refused")
     request_timeout_s: Seconds = Field(3600.0, description="longest life of a request without a deadline of its own")
     failover_timeout_s: Seconds = Field(
         60.0, description="longest wait of a request that has begun for an attention replica to go on with it"

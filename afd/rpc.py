@@ -33,25 +33,30 @@ MAX_MESSAGE_BYTES = 256 << 20
 ACCEPTED = "afd-accepted"  # metadata that comes before the first message: the work was taken on
 _STOP_GRACE_S = 1.0
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+_COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+
+
+def _pings(every_ms: int, timeout_ms: int) -> tuple[tuple[str, int], ...]:
+    """The ping's own timeout, a minute if it is not given, counts beside the keepalive's."""
+    return (
+        ("grpc.keepalive_time_ms", every_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+    )
+
+
+CHANNEL_OPTIONS = (*_COMMON_OPTIONS, *_pings(10_000, 5_000))
 # Within the mesh a peer that is frozen, or cut off, is to be noticed before its lease is over.
-_PEER_OPTIONS = (
-    *CHANNEL_OPTIONS[:2],
-    ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    *CHANNEL_OPTIONS[4:],
-)
+_PEER_OPTIONS = (*_COMMON_OPTIONS, *_pings(1_000, 2_000))
 _SERVER_OPTIONS = (
-    *CHANNEL_OPTIONS[:4],
+    *CHANNEL_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),

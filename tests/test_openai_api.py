@@ -90,7 +90,7 @@ def test_openai_and_curl_and_sdk_get_the_same_tokens(api: Api) -> None:
     assert status == 200
     assert json.loads(answer)["choices"][0]["token_ids"] == ids
     status, events = api.curl("/v1/completions", {**body, "stream": True}, "-N")
-    lines = [line.removeprefix("data: ") for line in events.splitlines() if line]
+    lines = [line.removeprefix("data: ") for line in events.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     assert [i for line in lines[:-1] for i in json.loads(line)["choices"][0]["token_ids"]] == ids
 

@@ -157,7 +157,8 @@ async def _serve_engine(
     """Serves and holds a lease until it shall stop; then serves what is open."""
     prometheus_client.REGISTRY.register(AttentionCollector(engine, journal))
     metrics_port = serve_metrics(settings.host, settings.metrics_port)
-    servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens)
+    max_open = settings.max_sequences + settings.max_waiting
+    servicer = AttentionServicer(engine, checkpoint.config, max_context_tokens, max_open)
 
     def add_services(server: grpc.aio.Server) -> None:
         attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)

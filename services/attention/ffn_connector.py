@@ -138,8 +138,9 @@ class FfnConnector:
         num_shards = self._layout.num_shards
         mine = [pair for _, pair in sorted(self._pairs.items()) if pair.num_shards == num_shards]
         shards = tuple(tuple(pair for pair in mine if pair.shard == shard) for shard in range(num_shards))
-        table = RoutingTable(self._layout.epoch, shards)
-        if table != self.ffn.table:
+        table, present = RoutingTable(self._layout.epoch, shards), self.ffn.table
+        is_too_early = table.epoch != present.epoch and present.is_whole and not table.is_whole
+        if table != present and not is_too_early:
             self.ffn.table = table
 
     def _retire(self, pair: Pair) -> None:

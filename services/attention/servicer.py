@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from opentelemetry import trace
 
 from afd import rpc, telemetry
-from afd.errors import AfdError, InvalidRequest, PeerUnavailable
+from afd.errors import AfdError, InvalidRequest, Overloaded, PeerUnavailable
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import check_token_ids
 from afd.protocol import finish_reason_to_proto, sampling_from_proto
@@ -18,12 +18,15 @@ from services.attention.engine import Engine
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.timeline import PARTS
 
+_RETRY_AFTER_S = 1.0
+
 
 class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
-    def __init__(self, engine: Engine, config: ModelConfig, max_context_tokens: int) -> None:
+    def __init__(self, engine: Engine, config: ModelConfig, max_context_tokens: int, max_open: int) -> None:
         self.engine = engine
         self.config = config
         self.max_context_tokens = max_context_tokens
+        self.max_open = max_open
         self.num_open = 0
         self.draining = False
 
@@ -70,6 +73,8 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
     def _sequence(self, request: pb.DecodeRequest, span_context: trace.SpanContext) -> Sequence:
         if self.draining:
             raise PeerUnavailable("this attention replica is draining")
+        if self.num_open >= self.max_open and not request.num_generated:  # what has begun elsewhere is taken in
+            raise Overloaded(f"{self.num_open} sequences are decoded or wait already", retry_after_s=_RETRY_AFTER_S)
         params = sampling_from_proto(request.sampling)
         params.check(self.config.vocab_size)
         token_ids = list(request.token_ids)

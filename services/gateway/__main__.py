@@ -43,7 +43,13 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         balancer = Balancer(registry, config.digest)
         store = RequestStore(redis, settings.journal_ttl_s)
         generator = Generator(
-            config, tokenizer, balancer, store, settings.request_timeout_s, settings.failover_timeout_s
+            config,
+            tokenizer,
+            balancer,
+            store,
+            settings.request_timeout_s,
+            settings.failover_timeout_s,
+            settings.max_requests,
         )
         gatekeeper = Gatekeeper(
             ApiKeys(redis), settings.require_api_key, settings.request_timeout_s + settings.journal_ttl_s

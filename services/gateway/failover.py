@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from afd.errors import DeadlineExceeded, PeerUnavailable
+from afd.errors import DeadlineExceeded, Overloaded, PeerUnavailable
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
 
@@ -24,7 +24,7 @@ class Failover:
         self.timeout_s = timeout_s
         self.is_begun = is_begun
         self._lost: set[AttentionReplica] = set()
-        self._reason = PeerUnavailable("no attention replica is ready")
+        self._reason: PeerUnavailable | Overloaded = PeerUnavailable("no attention replica is ready")
         self._failing_since: float | None = None
 
     @asynccontextmanager
@@ -35,7 +35,7 @@ class Failover:
         async with self.balancer.counted(entry):
             yield entry
 
-    def failed(self, entry: AttentionReplica | None, reason: PeerUnavailable) -> None:
+    def failed(self, entry: AttentionReplica | None, reason: PeerUnavailable | Overloaded) -> None:
         """That replica is lost to the choice, or, if it is None, something else that is needed."""
         if entry is not None:
             log.info("a sequence leaves attention replica %s: %s", entry.replica.replica_id, reason)

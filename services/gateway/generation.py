@@ -18,7 +18,16 @@ import grpc.aio
 from opentelemetry import trace
 
 from afd import rpc, telemetry
-from afd.errors import AfdError, Cancelled, DeadlineExceeded, InvalidRequest, NotFound, PeerUnavailable, StaleEpoch
+from afd.errors import (
+    AfdError,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PeerUnavailable,
+    StaleEpoch,
+)
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import SamplingParams, check_token_ids
 from afd.protocol import finish_reason_from_proto, sampling_from_proto, sampling_to_proto
@@ -51,7 +60,7 @@ class Request:
 class _Lost(Exception):
     """An attention replica does not go on with a choice; whether it had ever begun."""
 
-    def __init__(self, reason: PeerUnavailable, was_accepted: bool) -> None:
+    def __init__(self, reason: PeerUnavailable | Overloaded, was_accepted: bool) -> None:
         super().__init__(str(reason))
         self.reason = reason
         self.was_accepted = was_accepted
@@ -100,6 +109,7 @@ class Generator:
         store: RequestStore,
         timeout_s: float,
         failover_timeout_s: float,
+        max_requests: int,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -107,6 +117,7 @@ class Generator:
         self.store = store
         self.timeout_s = timeout_s
         self.failover_timeout_s = failover_timeout_s
+        self.max_requests = max_requests
         self.draining = False
         self._running: dict[str, _Running] = {}
 
@@ -115,8 +126,8 @@ class Generator:
         return len(self._running)
 
     def admit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Request:
-        """Checks everything that can be checked before the request costs anything. Raises InvalidRequest, or
-        PeerUnavailable while there is nobody to decode it."""
+        """Checks everything that can be checked before the request costs anything. Raises InvalidRequest, Overloaded,
+        or PeerUnavailable while there is nobody to decode it."""
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
         max_context = self.balancer.max_context_tokens
@@ -128,6 +139,8 @@ class Generator:
                 "request_id must be at most 128 printable ASCII characters without spaces", "request_id"
             )
         self._refuse_running(request_id)
+        if self.num_running >= self.max_requests:
+            raise Overloaded(f"{self.num_running} requests are open at this gateway", retry_after_s=_RETRY_AFTER_S)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
         check_token_ids("prompt", prompt_ids, self.config.vocab_size)
@@ -326,7 +339,7 @@ class Generator:
             raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"), True)
         except grpc.aio.AioRpcError as error:
             reason = rpc.to_peer_error(error)
-            if isinstance(reason, PeerUnavailable):
+            if isinstance(reason, PeerUnavailable | Overloaded):
                 raise _Lost(reason, await _was_accepted(call)) from None
             raise reason from None
         finally:
