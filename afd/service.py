@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from afd import telemetry, tls
 from afd.config import ServiceSettings, load_settings, refuse_plain_text
 from afd.errors import AfdError
+from afd.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await end(task)
 
 
 async def until_none_open(num_open: Callable[[], int], timeout_s: float) -> None:

@@ -19,6 +19,7 @@ from redis.asyncio.client import PubSub
 
 from afd.errors import PeerUnavailable
 from afd.state.connection import RETRY_PAUSE_S, translated_errors
+from afd.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,7 @@ class Registry:
         try:
             yield
         finally:
-            renewal.cancel()
-            await asyncio.wait([renewal])
+            await end(renewal)
             with contextlib.suppress(PeerUnavailable):
                 await self._leave(describe())
 

@@ -104,7 +104,8 @@ class FfnConnector:
     async def _keep_pairs(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
             self._changed.clear()
             for incarnation in self._replicas.keys() - self._pairs.keys() - self._coming_up.keys():
                 task = asyncio.create_task(self._come_up(self._replicas[incarnation]))

@@ -82,7 +82,8 @@ class Balancer:
     async def wait_for_change(self, timeout_s: float) -> None:
         """Until replicas come or go, but no longer than timeout_s."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def choose(self, lost: Set[AttentionReplica] = frozenset()) -> AttentionReplica | None:
         """The replica for one sequence, if there is one."""

@@ -239,7 +239,8 @@ class Generator:
     async def _limits(self, running: _Running) -> NoReturn:
         """Ends the request when it is cancelled, resumed in another stream, or takes too long."""
         try:
-            await asyncio.wait_for(running.ending.wait(), self.timeout_s)
+            async with asyncio.timeout(self.timeout_s):
+                await running.ending.wait()
         except TimeoutError:
             raise DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s") from None
         assert running.reason is not None
