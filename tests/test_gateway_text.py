@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,7 @@ def streamed(tokenizer: Tokenizer, token_ids: list[int]) -> tuple[list[str], str
 
 def test_any_text_streamed_token_by_token_is_the_text(tokenizer: Tokenizer) -> None:
     @examples
-    @given(st.text(max_size=30))
+    @given(st.text(max_size=30).filter(lambda text: not re.search("<[a-z_|]+>", text)))  # what might be a special token
     @example("naïve 東京 🦆👩\u200d🚀 e\u0301 \ufffd \x00 ' s  \n")
     def check(text: str) -> None:
         parts, rest = streamed(tokenizer, encode(tokenizer, text))
