@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from afd import Client, SyncClient, Token
-from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound
+from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, PeerUnavailable
 from afd.mesh import Mesh, Service
+from services.gateway import generation
 from tests.conftest import Model, StartMesh
 
 PROMPT = [5, 6, 7]
@@ -139,6 +140,12 @@ async def test_stream_that_is_resumed_elsewhere_ends(mesh: Mesh) -> None:
             async for _ in stream:
                 pass
         await resumed.aclose()
+
+
+async def test_stream_that_nobody_reads_does_not_hold_up_a_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_SUPERSEDE_TIMEOUT_S", 0.05)
+    with pytest.raises(PeerUnavailable, match="request stuck has another stream, whose client does not read it"):
+        await asyncio.wait_for(generation._until_ended(generation._Running(), "stuck"), 5)
 
 
 async def test_what_cannot_be_resumed_is_a_sentence(mesh: Mesh) -> None:

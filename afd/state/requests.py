@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import struct
 import uuid
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from afd.errors import AfdError, JournalGap, PeerUnavailable, StaleEpoch
 from afd.state.connection import patiently, translated_errors
-
-log = logging.getLogger(__name__)
 
 _PATIENCE_S = 2.0  # of a request that begins, or moves
 

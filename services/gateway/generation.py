@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import logging
 import re
 import secrets
 import struct
@@ -40,9 +39,8 @@ from services.gateway.merge import merged
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.transcript import Token, Transcript
 
-log = logging.getLogger(__name__)
-
 _RETRY_AFTER_S = 2.0  # a replica that was started again takes about so long
+_SUPERSEDE_TIMEOUT_S = 5.0
 _REQUEST_ID = re.compile(r"[!-~]{0,128}")
 
 
@@ -194,7 +192,7 @@ class Generator:
             raise PeerUnavailable("this gateway is draining; ask another one")
         if running := self._running.get(request_id):
             running.end(StaleEpoch(f"request {request_id} was resumed in another stream"))
-            await running.ended.wait()
+            await _until_ended(running, request_id)
         record = await self.store.record(SequenceKey(request_id))
         if record is None:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
@@ -373,6 +371,15 @@ def _journaled(response: attention_pb2.DecodeResponse) -> JournaledToken:
         tuple((top.id, top.logprob) for top in response.top_logprobs),
         finish_reason_from_proto(response.finish_reason),
     )
+
+
+async def _until_ended(running: _Running, request_id: str) -> None:
+    """A stream ends when its client reads on, or is found to be gone. Raises PeerUnavailable if that takes too long."""
+    try:
+        async with asyncio.timeout(_SUPERSEDE_TIMEOUT_S):
+            await running.ended.wait()
+    except TimeoutError:
+        raise PeerUnavailable(f"request {request_id} has another stream, whose client does not read it") from None
 
 
 async def _was_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
