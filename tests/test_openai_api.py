@@ -324,9 +324,11 @@ def test_one_request_may_ask_for_all_the_choices_that_are_allowed(api: Api) -> N
 def test_one_request_id_runs_once_at_a_time(api: Api) -> None:
     body = completion(request_id="twice", prompt=["a", "b"], max_tokens=200, ignore_eos=True)
     with ThreadPoolExecutor(8) as pool:
-        statuses = sorted(status for status, _ in pool.map(lambda _: api.curl("/v1/completions", body), range(8)))
-    assert statuses[0] == 200
-    assert set(statuses[1:]) <= {200, 400}
+        answers = list(pool.map(lambda _: api.curl("/v1/completions", body), range(8)))
+    texts = {answer for status, answer in answers if status == 200}
+    assert {json.loads(text)["usage"]["completion_tokens"] for text in texts} == {400}, "the first one is not disturbed"
+    refused = {json.loads(answer)["error"]["message"] for status, answer in answers if status != 200}
+    assert refused == {"a request 'twice-0' is already running"}, "all of a call's prompts are taken, or none"
 
 
 def test_unknown_model_path_and_method_have_their_status(api: Api) -> None:

@@ -165,12 +165,6 @@ class Generator:
             replace(params, seed=seed, max_tokens=params.max_tokens or room),
         )
 
-    async def begin(self, request: Request) -> Request:
-        """Writes down what it takes to resume the request; from then on it is not lost. Raises PeerUnavailable."""
-        keys = [SequenceKey(request.request_id, choice) for choice in range(request.params.n)]
-        epochs = await asyncio.gather(*(self.store.create(key, _record(request, epoch=0)) for key in keys))
-        return replace(request, epochs=tuple(epochs))
-
     def _refuse_running(self, request_id: str) -> None:
         if request_id in self._running:
             raise InvalidRequest(f"a request {request_id!r} is already running", "request_id")
@@ -204,15 +198,37 @@ class Generator:
         resumed_at = (*next_index, *[0] * (params.n - len(next_index)))
         return Request(request_id, list(record.prompt_ids), params, resumed_at)
 
-    async def generate(self, request: Request, parent: dict[str, str] | None = None) -> AsyncGenerator[Token, None]:
-        """The tokens of all choices of a request that was begun or reopened, as they come. Closing the iterator cancels
-        the request everywhere.
+    @contextlib.asynccontextmanager
+    async def opened(
+        self, request: Request, parent: dict[str, str] | None = None
+    ) -> AsyncGenerator[AsyncGenerator[Token, None], None]:
+        """The tokens of all choices of an admitted or reopened request, as they come. On entering, its id is taken at
+        once and what it takes to resume it is written down: from then on it is not lost. Leaving cancels the request
+        everywhere, if it still runs.
 
-        Raises PeerUnavailable, DeadlineExceeded, Cancelled, or what the attention replica refuses.
+        Raises InvalidRequest if the id runs already, PeerUnavailable, DeadlineExceeded, Cancelled, or what the
+        attention replica refuses.
         """
         self._refuse_running(request.request_id)
         running = self._running[request.request_id] = _Running()
-        span = telemetry.tracer.start_span("generate", telemetry.context_of(parent or {}), attributes={
+        try:
+            if request.resumed_at is None:
+                request = await self._begin(request)
+            async with contextlib.aclosing(self._generate(request, running, parent or {})) as tokens:
+                yield tokens
+        finally:
+            del self._running[request.request_id]
+            running.ended.set()
+
+    async def _begin(self, request: Request) -> Request:
+        keys = [SequenceKey(request.request_id, choice) for choice in range(request.params.n)]
+        epochs = await asyncio.gather(*(self.store.create(key, _record(request, epoch=0)) for key in keys))
+        return replace(request, epochs=tuple(epochs))
+
+    async def _generate(
+        self, request: Request, running: _Running, parent: dict[str, str]
+    ) -> AsyncGenerator[Token, None]:
+        span = telemetry.tracer.start_span("generate", telemetry.context_of(parent), attributes={
             "gen_ai.operation.name": "text_completion",
             "gen_ai.usage.input_tokens": len(request.prompt_ids),
             "afd.request_id": request.request_id,
@@ -229,8 +245,6 @@ class Generator:
             observed.end(type(error).__name__)
             raise
         finally:
-            del self._running[request.request_id]
-            running.ended.set()
             span.set_attribute("gen_ai.usage.output_tokens", observed.num_tokens)
             span.end()
 

@@ -143,8 +143,7 @@ def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, st
     """The tokens of all prompts as they come; the index of a choice counts prompts first, then their n choices."""
 
     async def numbered(number: int, one: Admitted) -> AsyncGenerator[Part, None]:
-        begun = one if one.resumed_at else await generator.begin(one)
-        async with contextlib.aclosing(generator.generate(begun, carrier)) as tokens:
+        async with generator.opened(one, carrier) as tokens:
             async for token in tokens:
                 yield Part(number * one.params.n + token.choice, token)
 

@@ -28,10 +28,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             admitted = self.generator.admit(
                 request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
             )
-            begun = await self.generator.begin(admitted)
-            yield pb.GenerateResponse(started=_started(begun))
-            generated = self.generator.generate(begun, rpc.metadata_of(context))
-            async with contextlib.aclosing(self.gatekeeper.metered(caller, [begun], generated)) as tokens:
+            async with self._opened(caller, admitted, context) as tokens:
+                yield pb.GenerateResponse(started=_started(admitted))
                 async for token in tokens:
                     yield pb.GenerateResponse(token=_token(token))
 
@@ -40,9 +38,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             caller = await self._caller(context)
             await self.gatekeeper.check_owner(caller, request.request_id)
             reopened = await self.generator.reopen(request.request_id, request.next_index)
-            yield pb.ResumeResponse(started=_started(reopened))
-            generated = self.generator.generate(reopened, rpc.metadata_of(context))
-            async with contextlib.aclosing(self.gatekeeper.metered(caller, [reopened], generated)) as tokens:
+            async with self._opened(caller, reopened, context) as tokens:
+                yield pb.ResumeResponse(started=_started(reopened))
                 async for token in tokens:
                     yield pb.ResumeResponse(token=_token(token))
 
@@ -62,6 +59,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             max_context_tokens=balancer.max_context_tokens,
             eos_token_ids=config.eos_token_ids,
         )
+
+    @contextlib.asynccontextmanager
+    async def _opened(
+        self, caller: Caller, request: Request, context: rpc.Context
+    ) -> AsyncIterator[AsyncIterator[Token]]:
+        async with (
+            self.generator.opened(request, rpc.metadata_of(context)) as generated,
+            contextlib.aclosing(self.gatekeeper.metered(caller, [request], generated)) as tokens,
+        ):
+            yield tokens
 
     async def _caller(self, context: rpc.Context) -> Caller:
         """Raises Unauthenticated."""
