@@ -17,7 +17,7 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
@@ -25,6 +25,7 @@ import grpc.aio
 from afd.errors import AfdError, InternalError, InvalidRequest, NotFound, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, to_error
 from afd.tls import client_credentials
+from afd.urgency import Urgency
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
 
@@ -61,6 +62,14 @@ class SamplingOptions(TypedDict, total=False):
     top_logprobs: int
 
 
+class Options(SamplingOptions, total=False):
+    """The request's own, beside them."""
+
+    request_id: str  # for `resume` and `cancel`; one is made up where none is given
+    priority: int  # lower goes first where there is not room for all; 0 where it is not given
+    timeout_s: float | None  # for the whole answer; then DeadlineExceeded
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of the answer. The texts of a choice's tokens, joined, are its text."""
@@ -94,10 +103,11 @@ class Stream:
     When the gateway is lost the stream goes on through another one, or the same one once it is back.
     """
 
-    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest) -> None:
+    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest, timeout_s: float | None) -> None:
         self._client = client
         self._request = request
-        self._call = client._ask(request)
+        self._urgency = Urgency.within(timeout_s, request.priority)
+        self._call = client._ask(request, self._urgency)
         self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
         self._lost_at: float | None = None
         self._is_begun = False
@@ -138,8 +148,9 @@ class Stream:
         self._lost_at = self._lost_at or now
         await asyncio.sleep(pause_s)
         self._client._turn_to_next()
-        resume = pb.ResumeRequest(request_id=self.request_id, next_index=self._next_index)
-        self._call = self._client._ask(self._request if is_unknown else resume)
+        priority = self._urgency.priority
+        resume = pb.ResumeRequest(request_id=self.request_id, next_index=self._next_index, priority=priority)
+        self._call = self._client._ask(self._request if is_unknown else resume, self._urgency)
 
     async def aclose(self) -> None:
         self._call.cancel()
@@ -202,10 +213,9 @@ class Client:
     def _turn_to_next(self) -> None:
         self._current = (self._current + 1) % len(self._channels)
 
-    def _ask(self, request: pb.GenerateRequest | pb.ResumeRequest) -> Call:
-        if isinstance(request, pb.ResumeRequest):
-            return self._stub.Resume(request, metadata=self._metadata)
-        return self._stub.Generate(request, metadata=self._metadata)
+    def _ask(self, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> Call:
+        ask = self._stub.Resume if isinstance(request, pb.ResumeRequest) else self._stub.Generate
+        return ask(request, timeout=urgency.time_left_s, metadata=self._metadata)  # type: ignore[arg-type]
 
     def _open_channel(self, target: str) -> grpc.aio.Channel:
         if self._is_tls:
@@ -230,35 +240,40 @@ class Client:
     ) -> None:
         await self._close()
 
-    def generate(self, prompt: Prompt, *, request_id: str = "", **sampling: Unpack[SamplingOptions]) -> Stream:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Streams the tokens that follow a text or token ids; greedy unless a temperature is given.
 
         Raises InvalidRequest here or at the first token for what cannot be asked.
         """
         if isinstance(prompt, str):
-            return self._start(pb.GenerateRequest(request_id=request_id, text=prompt), sampling)
+            return self._start(pb.GenerateRequest(text=prompt), options)
         try:
-            request = pb.GenerateRequest(request_id=request_id, token_ids=pb.TokenIds(ids=prompt))
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"the prompt is neither a text nor token ids: {error}", "prompt") from None
-        return self._start(request, sampling)
+        return self._start(request, options)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], *, request_id: str = "", **sampling: Unpack[SamplingOptions]
-    ) -> Stream:
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Stream:
         """Streams the answer to messages like {"role": "user", "content": "..."}, by the model's chat template."""
         try:
             chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"a message is a role and a content: {error}", "messages") from None
-        return self._start(pb.GenerateRequest(request_id=request_id, chat=chat), sampling)
+        return self._start(pb.GenerateRequest(chat=chat), options)
 
-    def resume(self, request_id: str, next_index: int | Sequence[int] = 0) -> Stream:
+    def resume(
+        self,
+        request_id: str,
+        next_index: int | Sequence[int] = 0,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Stream:
         """Goes on with a request that was begun through any gateway, from the token with this index on, or from one for
         each of its choices. A stream of it that is still open ends. Raises NotFound at the first token if it ended too
         long ago."""
         indices = [next_index] if isinstance(next_index, int) else list(next_index)
-        return Stream(self, pb.ResumeRequest(request_id=request_id, next_index=indices))
+        return Stream(self, pb.ResumeRequest(request_id=request_id, next_index=indices, priority=priority), timeout_s)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
@@ -274,17 +289,19 @@ class Client:
             model.name, model.fingerprint, model.vocab_size, model.max_context_tokens, tuple(model.eos_token_ids)
         )
 
-    def _start(self, request: pb.GenerateRequest, sampling: SamplingOptions) -> Stream:
-        unknown = sampling.keys() - SamplingOptions.__annotations__.keys()
+    def _start(self, request: pb.GenerateRequest, options: Options) -> Stream:
+        unknown = options.keys() - Options.__annotations__.keys()
         if unknown:
             raise InvalidRequest(f"no such parameter: {', '.join(sorted(unknown))}", min(unknown))
+        given = {name: value for name, value in options.items() if value is not None}
+        timeout_s = cast(float | None, given.pop("timeout_s", None))
         try:
-            given = {name: value for name, value in sampling.items() if value is not None}
+            request.request_id = cast(str, given.pop("request_id", "")) or uuid.uuid4().hex
+            request.priority = cast(int, given.pop("priority", 0))
             request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
+            return Stream(self, request, timeout_s)
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"a sampling parameter is not of its type: {error}") from None
-        request.request_id = request.request_id or uuid.uuid4().hex
-        return Stream(self, request)
+            raise InvalidRequest(f"a parameter is not of its type: {error}") from None
 
 
 class SyncClient:
@@ -316,16 +333,23 @@ class SyncClient:
         self._run(self._client.__aexit__(None, None, None))
         self._stop()
 
-    def generate(self, prompt: Prompt, *, request_id: str = "", **sampling: Unpack[SamplingOptions]) -> Iterator[Token]:
-        return self._iterate(self._start(lambda: self._client.generate(prompt, request_id=request_id, **sampling)))
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Token]:
+        return self._iterate(self._start(lambda: self._client.generate(prompt, **options)))
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], *, request_id: str = "", **sampling: Unpack[SamplingOptions]
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Iterator[Token]:
+        return self._iterate(self._start(lambda: self._client.chat(messages, **options)))
+
+    def resume(
+        self,
+        request_id: str,
+        next_index: int | Sequence[int] = 0,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> Iterator[Token]:
-        return self._iterate(self._start(lambda: self._client.chat(messages, request_id=request_id, **sampling)))
-
-    def resume(self, request_id: str, next_index: int | Sequence[int] = 0) -> Iterator[Token]:
-        return self._iterate(self._start(lambda: self._client.resume(request_id, next_index)))
+        return self._iterate(
+            self._start(lambda: self._client.resume(request_id, next_index, priority=priority, timeout_s=timeout_s))
+        )
 
     def cancel(self, request_id: str) -> bool:
         return self._run(self._client.cancel(request_id))

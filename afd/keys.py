@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
@@ -46,9 +47,10 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="each prompt of a completion is one")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="sequences decoded at once")] = None,
     tokens_per_day: Annotated[int | None, typer.Option(min=1, help="of prompts and answers, by UTC days")] = None,
+    min_priority: Annotated[int | None, typer.Option(help="lower ones, which go first, are refused")] = None,
 ) -> None:
     """Prints a new key: this once, it is kept nowhere."""
-    limits = Limits(requests_per_minute, concurrency, tokens_per_day)
+    limits = Limits(requests_per_minute, concurrency, tokens_per_day, min_priority)
     print(_run(redis, lambda keys: keys.create(name, limits)))
 
 
@@ -59,13 +61,11 @@ def list_keys(redis: RedisUrl) -> None:
     async def look_up(keys: ApiKeys) -> list[tuple[ApiKey, int]]:
         return [(key, await keys.tokens_today(key.key_id)) for key in await keys.all()]
 
-    table = Table("id", "name", "created", "requests/min", "concurrency", "tokens/day", "tokens today")
+    table = Table("id", "name", "created", "requests/min", "concurrency", "tokens/day", "min priority", "tokens today")
     for key, tokens in _run(redis, look_up):
         created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
-        limits = key.limits.requests_per_minute, key.limits.concurrency, key.limits.tokens_per_day
-        table.add_row(
-            key.key_id, key.name, f"{created:%Y-%m-%d}", *(str(limit or "-") for limit in limits), str(tokens)
-        )
+        limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))
+        table.add_row(key.key_id, key.name, f"{created:%Y-%m-%d}", *limits, str(tokens))
     console.print(table)
 
 

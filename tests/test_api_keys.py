@@ -23,6 +23,7 @@ from afd.model.sampling_params import SamplingParams
 from afd.state import api_keys
 from afd.state.api_keys import ApiKeys, Limits
 from afd.state.connection import connect
+from afd.urgency import Urgency
 from services.gateway import auth
 from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Request
@@ -52,9 +53,10 @@ async def gateways(real_redis: str) -> AsyncIterator[Gateways]:
 _numbers = iter(range(1_000_000))
 
 
-def request(num_prompt_tokens: int = 5, n: int = 1, request_id: str = "") -> Request:
+def request(num_prompt_tokens: int = 5, n: int = 1, request_id: str = "", priority: int = 0) -> Request:
     request_id = request_id or f"request-{next(_numbers)}"
-    return Request(request_id, [7] * num_prompt_tokens, SamplingParams(n=n, max_tokens=9, seed=1))
+    params = SamplingParams(n=n, max_tokens=9, seed=1)
+    return Request(request_id, [7] * num_prompt_tokens, params, Urgency(priority))
 
 
 async def endless() -> AsyncGenerator[int, None]:
@@ -124,6 +126,16 @@ async def test_a_revoked_key_is_refused_at_once_to_generate_and_soon_for_the_res
     await asyncio.sleep(0.15)
     with pytest.raises(Unauthenticated):
         await gateways.one.authenticate(f"Bearer {key}")
+
+
+async def test_a_key_has_a_most_urgent_priority(gateways: Gateways) -> None:
+    caller = await gateways.caller(min_priority=-1)
+    for priority in (5, 0, -1):
+        await ask(gateways.one, caller, priority=priority)
+    with pytest.raises(InvalidRequest, match="may not ask for a priority below -1") as raised:
+        await ask(gateways.one, caller, priority=-2)
+    assert raised.value.param == "priority"
+    await ask(gateways.one, await gateways.caller(), priority=-(1 << 31))
 
 
 async def test_a_rate_holds_across_gateways_and_says_when_to_come_again(gateways: Gateways) -> None:
@@ -394,7 +406,7 @@ def test_a_client_that_leaves_a_stream_gives_its_slot_back(served: Served) -> No
             pytest.fail("the slot was not given back")
 
 
-def test_a_large_body_without_a_key_is_not_read(served: Served) -> None:
+def test_a_large_body_without_a_key_is_refused_in_words(served: Served) -> None:
     body = json.dumps({"model": served.model, "prompt": "x" * (1 << 20)}).encode()
     asked = urllib.request.Request(f"{served.mesh.http_url}/v1/completions", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as caught:

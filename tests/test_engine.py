@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from afd.compute import ComputeThread
-from afd.errors import InternalError, PeerUnavailable
+from afd.errors import Cancelled, DeadlineExceeded, InternalError, PeerUnavailable
 from afd.handoff.local import LocalFFN
 from afd.model.checkpoint import Checkpoint
 from afd.model.kv_cache import KVCache
@@ -22,6 +22,7 @@ from afd.model.moe import Routing
 from afd.model.sampling_params import SamplingParams
 from afd.model.weights import load_attention, load_ffn_shard
 from afd.state.requests import SequenceKey
+from afd.urgency import Urgency
 from services.attention.block_manager import BlockManager
 from services.attention.chunk import ChunkCost
 from services.attention.decoder import Decoder
@@ -78,9 +79,10 @@ class Harness:
                 self.events[delivery.sequence].append(delivery.event)
             self.changed.notify_all()
 
-    def submit(self, prompt: list[int], max_tokens: int) -> Sequence:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        sequence = Sequence(SequenceKey("r", len(self.events)), 1, prompt, [], params, (), NUM_BLOCKS * BLOCK_SIZE)
+    def submit(self, prompt: list[int], max_tokens: int, timeout_s: float | None = None) -> Sequence:
+        params, context = SamplingParams(max_tokens=max_tokens, ignore_eos=True), NUM_BLOCKS * BLOCK_SIZE
+        key, urgency = SequenceKey("r", len(self.events)), Urgency.within(timeout_s)
+        sequence = Sequence(key, 1, prompt, [], params, (), context, urgency=urgency)
         self.events[sequence] = []
         self.engine.submit(sequence)
         return sequence
@@ -188,6 +190,57 @@ def test_cancelled_sequence_leaves_the_step_it_is_in_and_its_frames_are_dropped(
     harness.check(other)
     assert harness.ffn.num_dropped == 1
     assert harness.events[cancelled] == []
+    assert harness.num_used == 0
+
+
+def test_sequence_out_of_time_ends_before_anything_is_computed_for_it(harness: Harness) -> None:
+    late = harness.submit(harness.model.prompt(40, 1), 50, timeout_s=-1.0)
+    other = harness.submit(harness.model.prompt(5, 2), 10, timeout_s=60.0)
+    harness.check(other)
+    counters = harness.engine.counters
+    assert [type(event) for event in harness.events[late]] == [DeadlineExceeded]
+    assert late.num_computed == 0
+    assert (counters.num_dropped, counters.num_prefill_saved, counters.num_decode_saved) == (
+        {"expired": 1},
+        {"expired": 39},
+        {"expired": 50},
+    )
+    assert harness.num_used == 0
+
+
+def test_sequence_that_runs_out_of_time_while_decoding_leaves_its_blocks(harness: Harness) -> None:
+    late = harness.submit(harness.model.prompt(5, 1), 200, timeout_s=0.2)
+    harness.wait(lambda: bool(harness.events[late]) and isinstance(harness.events[late][-1], DeadlineExceeded))
+    harness.check(harness.submit(harness.model.prompt(5, 2), 10))
+    assert harness.engine.counters.num_dropped == {"expired": 1}
+    assert harness.engine.counters.num_decode_saved["expired"] == 200 - len(late.output_ids) > 0
+    assert harness.num_used == 0
+
+
+def test_what_waits_for_a_lost_ffn_ends_with_its_deadline(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TestFFN, "is_whole", property(lambda ffn: False), raising=False)
+    harness.engine.recovery_s = 60.0
+    harness.ffn.before_receive = raising(PeerUnavailable("gone"), 2)
+    late = harness.submit(harness.model.prompt(5, 1), 200, timeout_s=0.3)
+    harness.wait(lambda: bool(harness.events[late]))
+    assert [type(event) for event in harness.events[late]] == [DeadlineExceeded]
+    monkeypatch.undo()
+    harness.check(harness.submit(harness.model.prompt(5, 2), 10))
+
+
+def test_microbatch_that_is_abandoned_while_away_lands_and_the_others_go_on(harness: Harness) -> None:
+    def leave(batch: Any) -> None:
+        if any(len(chunk.sequence.prompt_ids) == 15 for chunk in batch.chunks):
+            harness.engine.cancel(leaving)
+            harness.ffn.before_receive = raising(Cancelled("nobody waits"), 0)
+            harness.ffn.before_send = lambda batch: None
+
+    harness.ffn.before_send = leave
+    other = harness.submit(harness.model.prompt(5, 5), 20)
+    leaving = harness.submit(harness.model.prompt(15, 15), 20)
+    harness.check(other)
+    assert harness.events[leaving] == []
+    assert harness.engine.counters.num_dropped == {"cancelled": 1}
     assert harness.num_used == 0
 
 

@@ -159,7 +159,7 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
         bad: list[tuple[Any, dict[str, Any], str]] = [
             ([-1], {}, "prompt"),
             (["x"], {}, "prompt"),
-            ("x", {"max_tokens": "many"}, "sampling parameter"),
+            ("x", {"max_tokens": "many"}, "a parameter is not of its type"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),
         ]
         for prompt, options, words in bad:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from afd.compute import ComputeThread
-from afd.errors import AfdError, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
+from afd.errors import AfdError, Cancelled, ConfigError, InternalError, Mismatch, PeerUnavailable, TransportUnavailable
 from afd.handoff.bell import Bell, Lookout
 from afd.handoff.control import ControlStream
 from afd.handoff.fp8 import FP8
@@ -36,9 +36,10 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.moe import Routing
 from afd.model.weights import load_ffn_shard
 from afd.rpc import serving
+from afd.urgency import NOT_URGENT, Urgency
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
-from services.ffn.batcher import Batcher
+from services.ffn.batcher import Batcher, QueuedFrame
 from services.ffn.servicer import FfnServicer
 from tests.conftest import Model, needs_nixl
 
@@ -212,6 +213,8 @@ def model(make_model: Callable[[int], Model]) -> Model:
 class Batch:
     slot: int
     num_tokens: int
+    urgency: Urgency = NOT_URGENT
+    abandoned: bool = False
 
 
 @each_transport
@@ -295,7 +298,7 @@ async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Mode
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("protocol_version", 99, "protocol version differs: attention has 99, the FFN has 2"),
+        ("protocol_version", 99, "protocol version differs: attention has 99, the FFN has 3"),
         ("model_fingerprint", "other", "model fingerprint differs: attention has other, the FFN has"),
         ("hidden_size", 7168, "hidden size differs: attention has 7168"),
         ("num_layers", 61, "num layers differs: attention has 61"),
@@ -631,6 +634,87 @@ async def test_dropped_frame_is_not_computed(model: Model) -> None:
         batcher.stop()
         assert mine.answers.keys() == {2}
         assert batcher.counters.num_frames_dropped == 1
+
+
+async def test_frame_past_its_deadline_is_not_computed(model: Model) -> None:
+    async with running_shard(model) as shard:
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
+        late, timely = (shard.frame(number, num_tokens=number) for number in (2, 3))
+        endpoint = StubEndpoint(
+            late._replace(urgency=Urgency.within(-0.001)), timely._replace(urgency=Urgency.within(60.0))
+        )
+        batcher.attach(endpoint)
+        batcher.start(ComputeThread())
+        async with asyncio.timeout(10):
+            while not endpoint.answers:
+                await asyncio.sleep(0.01)
+        batcher.stop()
+        assert endpoint.answers.keys() == {3}
+        assert (batcher.counters.num_frames_dropped, batcher.counters.num_tokens_dropped) == (1, 2)
+
+
+async def test_urgent_frames_are_computed_first_unless_others_have_waited_for_long(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frame(number: int, priority: int, moe: bool) -> Frame:
+        return shard.frame(number, moe=moe)._replace(urgency=Urgency(priority))
+
+    def order() -> list[list[int]]:
+        batcher._queue = [QueuedFrame(endpoint, frame, time.perf_counter_ns()) for frame in frames]
+        return [[queued.frame.frame_id for queued in batcher._next_batch()] for _ in range(3)]
+
+    async with running_shard(model) as shard:
+        batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)
+        frames = [frame(1, 0, moe=True), frame(2, 0, moe=True), frame(3, -1, moe=False), frame(4, 1, moe=False)]
+        frames[3] = frames[3]._replace(layer_idx=99)
+        endpoint = StubEndpoint(*frames)
+        assert order() == [[3], [1, 2], [4]]
+        frames = frames[::-1]
+        assert order() == [[3], [2, 1], [4]]
+        monkeypatch.setattr("services.ffn.batcher._LONGEST_PASSED_OVER_S", 0.0)
+        assert order() == [[4], [3], [2, 1]]
+
+
+@each_transport
+async def test_urgency_crosses_with_the_frame(
+    model: Model, kind: TransportName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[Urgency] = []
+    async with running_shard(model) as shard:
+        compute = shard.servicer.batcher._compute
+        monkeypatch.setattr(
+            shard.servicer.batcher,
+            "_compute",
+            lambda batch: (arrived.extend(queued.frame.urgency for queued in batch), compute(batch)),
+        )
+        pair = await shard.connect(kind)
+        now = time.monotonic()
+        for number, urgency in enumerate((Urgency(-7, now + 100), Urgency(1 << 30), Urgency(0, now + 1e6))):
+            frame = shard.frame(number + 1)._replace(urgency=urgency)
+            await pair.send(frame)
+            await pair.receive(frame)
+        pair.close()
+    assert [urgency.priority for urgency in arrived] == [-7, 1 << 30, 0]
+    assert arrived[0].deadline == pytest.approx(now + 100, abs=1)
+    assert [urgency.time_left_s for urgency in arrived[1:]] == [None, None], "too far away to matter"
+
+
+async def test_answer_that_nobody_waits_for_is_not_awaited(model: Model) -> None:
+    async with running_shard(model) as shard:
+        pair = await shard.connect("inline")
+        shard.servicer.batcher.stop()  # frozen
+        pairs = (ReplicaPair("ffn", 0, 1, pair.transport, Rung("inline", 0.0, 0.0)),)
+        ffn = RemoteFFN(pair.frames, CPU, timeout_s=30.0, spin_s=SPIN_S)
+        ffn.table = RoutingTable(1, (pairs,))
+        frame = shard.frame()
+        batch = Batch(0, frame.num_tokens)
+        ffn.send(batch, frame.layer_idx, frame.ffn_input, frame.routing)
+        waiting = asyncio.create_task(asyncio.to_thread(ffn.receive, batch))
+        await asyncio.sleep(0.1)
+        batch.abandoned = True
+        with pytest.raises(Cancelled):
+            await asyncio.wait_for(waiting, 5)
+        ffn.close()
 
 
 @pytest.mark.parametrize(("no_work_s", "is_bubble"), [(60.0, True), (0.05, False)])

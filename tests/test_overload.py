@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 
 from afd import Client
 from afd.client import Stream
-from afd.errors import Overloaded
+from afd.errors import DeadlineExceeded, Overloaded
 from afd.mesh import Mesh
+from afd.scrape import scrape
 from tests.conftest import Model, StartMesh
 
 PROMPT = [5, 6, 7]
@@ -32,8 +34,8 @@ def mesh(model: Model, start_mesh: StartMesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def begin(client: Client) -> Stream:
-    return client.generate(PROMPT, max_tokens=300, ignore_eos=True)
+def begin(client: Client, priority: int = 0) -> Stream:
+    return client.generate(PROMPT, max_tokens=300, ignore_eos=True, priority=priority)
 
 
 async def test_sequences_beyond_those_that_may_wait_are_refused(mesh: Mesh, model: Model) -> None:
@@ -69,6 +71,71 @@ def test_requests_beyond_those_that_a_gateway_holds_are_refused(model: Model, st
 
     with start_mesh(model.path, 1, 1, max_requests=1) as mesh:
         asyncio.run(run(mesh))
+
+
+def test_the_more_urgent_request_takes_the_place_of_another_whose_tokens_are_the_same_for_it(
+    model: Model, start_mesh: StartMesh
+) -> None:
+    async def run(mesh: Mesh) -> None:
+        async with Client(mesh.gateway.address) as client:
+            running = asyncio.create_task(collect(begin(client, priority=1)))
+            waiting = asyncio.create_task(collect(begin(client, priority=1)))
+            await asyncio.sleep(0.3)
+            urgent = await collect(client.generate([8, 9], max_tokens=10, ignore_eos=True))
+            assert not any(asked.done() for asked in (running, waiting))
+            model.check_greedy([8, 9], [token.id for token in urgent], [token.logprob for token in urgent])
+            for tokens in await asyncio.gather(running, waiting):
+                model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
+
+    with start_mesh(model.path, 1, 1, max_sequences=1, max_waiting=8) as mesh:
+        asyncio.run(run(mesh))
+        assert counted(mesh)["afd_preemptions"] >= 1
+
+
+async def test_a_request_ends_with_its_deadline_and_what_was_left_of_it_is_not_computed(mesh: Mesh) -> None:
+    before = counted(mesh)
+    async with Client(mesh.gateway.address) as client:
+        stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, timeout_s=0.4)
+        await anext(stream)
+        with pytest.raises(DeadlineExceeded):
+            await collect(stream)
+        with pytest.raises(DeadlineExceeded):
+            await collect(client.generate(PROMPT, max_tokens=900, timeout_s=0))
+        await asyncio.sleep(0.2)
+        assert len(await collect(begin(client))) == 300
+    after = counted(mesh)
+    assert after["afd_sequences_dropped"] == before["afd_sequences_dropped"] + 1
+    assert after["afd_tokens_saved"] >= before["afd_tokens_saved"] + 300
+
+
+def test_the_deadline_of_http_is_a_status_or_the_streams_last_event(mesh: Mesh, model: Model) -> None:
+    body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "timeout_s": 0.3}
+
+    def post(**changes: Any) -> bytes:
+        content = json.dumps(body | changes).encode()
+        request = urllib.request.Request(
+            f"{mesh.http_url}/v1/completions", content, {"Content-Type": "application/json"}
+        )
+        return bytes(urllib.request.urlopen(request, timeout=30).read())
+
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post()
+    assert raised.value.code == 504
+    assert "took longer than its deadline allows" in json.loads(raised.value.read())["error"]["message"]
+    *events, last = post(stream=True).decode().strip().split("\n\n")
+    assert len(events) > 1
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+
+
+def counted(mesh: Mesh) -> Counter[str]:
+    """What all attention replicas have counted, whatever the labels."""
+    totals: Counter[str] = Counter()
+    for service in mesh.services:
+        if service.role == "attention":
+            assert service.replica is not None
+            for name, value in scrape(service.replica.metrics_address).items():
+                totals[name.partition("/")[0]] += int(value)
+    return totals
 
 
 async def collect(stream: Stream) -> list[Any]:

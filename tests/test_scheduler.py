@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from afd.model.sampler import SampledToken
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
+from afd.urgency import Urgency
 from services.attention.block_manager import BlockManager
 from services.attention.chunk import Chunk
 from services.attention.scheduler import Scheduler
@@ -20,9 +22,12 @@ EOS = 1
 WORD = 7
 
 
-def sequence(num_prompt: int, max_tokens: int = 4, max_context: int = 1000, **params: object) -> Sequence:
+def sequence(
+    num_prompt: int, max_tokens: int = 4, max_context: int = 1000, priority: int = 0, **params: object
+) -> Sequence:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
-    return Sequence(SequenceKey("r"), 1, [WORD] * num_prompt, [], sampling, (EOS,), max_context)
+    urgency = Urgency(priority)
+    return Sequence(SequenceKey("r"), 1, [WORD] * num_prompt, [], sampling, (EOS,), max_context, urgency=urgency)
 
 
 def append(target: Sequence, token_id: int) -> TokenEvent:
@@ -53,8 +58,8 @@ class Run:
 
     def arrive(self, *sequences: Sequence) -> None:
         for each in sequences:
-            self.arrived.append(each)
             self.scheduler.add(each)
+            insort(self.arrived, each, key=lambda other: other.turn)
 
     def cancel(self, target: Sequence) -> None:
         self.arrived.remove(target)
@@ -64,7 +69,8 @@ class Run:
         """A microbatch begins and lands."""
         chunks = self.begin(0)
         assert all(each in chunks_of(chunks) for each in self.running if each.num_uncomputed == 1), "all decode"
-        assert [*self.running, *self.scheduler.waiting] == self.arrived, "first come, first served"
+        if not any(each.turn[0] for each in self.arrived):
+            assert [*self.running, *self.scheduler.waiting] == self.arrived, "first come, first served"
         self.land(0)
         return chunks
 
@@ -113,6 +119,8 @@ class Run:
         owned = [block for each in holders for block in each.block_table]
         assert len(owned) == len(set(owned)) == blocks.num_used, "a block has one owner"
         assert set(owned) <= set(range(blocks.num_blocks))
+        for place in (self.running, scheduler.waiting):
+            assert place == sorted(place, key=lambda each: each.turn), "in turn"
         scheduled = chunks_of(chunks)
         assert len(scheduled) == len(set(scheduled))
         assert set(scheduled) <= set(self.running) & set(idle), "nobody is computed twice at once"
@@ -123,7 +131,7 @@ class Run:
         in_flight = [chunk for own in scheduler.in_flight.values() for chunk in own]
         assert prefill_tokens(in_flight) <= scheduler.prefill_chunk_tokens
         if len(in_flight) == len(chunks):
-            assert not idle or idle[0] in scheduled, "the oldest always gets on"
+            assert not idle or idle[0] in scheduled, "the first always gets on"
 
 
 def chunks_of(chunks: list[Chunk]) -> list[Sequence]:
@@ -202,7 +210,7 @@ def test_a_preempted_sequence_waits_first_in_line_and_is_computed_anew() -> None
     run.step()
     while scheduler.running[-1] is young:
         run.step()
-    assert list(scheduler.waiting) == [young, later]
+    assert scheduler.waiting == [young, later]
     assert (young.block_table, young.num_computed) == ([], 0)
     run.run()
     assert len(young.output_ids) == 5
@@ -236,14 +244,17 @@ def test_whatever_comes_and_goes_all_work_ends_and_all_blocks_are_free(data: st.
     context = block_size * num_blocks
     run = Run(scheduling(num_blocks, block_size, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))))
     lengths = data.draw(
-        st.lists(st.tuples(st.integers(1, context - 1), st.integers(1, 12), st.integers(0, 20)), max_size=10)
+        st.lists(
+            st.tuples(st.integers(1, context - 1), st.integers(1, 12), st.integers(0, 20), st.integers(-1, 1)),
+            max_size=10,
+        )
     )
     arrivals = sorted(lengths, key=lambda item: item[2])
     cancels = data.draw(st.dictionaries(st.integers(0, 40), st.integers(0, 9), max_size=5))
     for step in range(41):
         while arrivals and arrivals[0][2] <= step:
-            num_prompt, max_tokens, _ = arrivals.pop(0)
-            run.arrive(sequence(num_prompt, max_tokens, max_context=context))
+            num_prompt, max_tokens, _, priority = arrivals.pop(0)
+            run.arrive(sequence(num_prompt, max_tokens, max_context=context, priority=priority))
         if step in cancels and len(run.arrived) > cancels[step]:
             run.cancel(run.arrived[cancels[step]])
         run.step()
@@ -253,6 +264,65 @@ def test_whatever_comes_and_goes_all_work_ends_and_all_blocks_are_free(data: st.
     assert all(
         len(each.output_ids) == (each.params.max_tokens or 0) or each.num_tokens == context for each in run.finished
     )
+
+
+# --- priorities ---
+
+
+def test_the_more_urgent_is_admitted_first_and_equals_as_they_came() -> None:
+    run = Run(scheduling(100, 4, 1, 64))
+    late, first, second, urgent = (sequence(3, 2, priority=priority) for priority in (5, 0, 0, -1))
+    run.arrive(late, first, second, urgent)
+    run.run()
+    assert run.finished == [urgent, first, second, late]
+
+
+def test_the_more_urgent_takes_the_place_of_the_last_that_is_less_so() -> None:
+    run = Run(scheduling(100, 4, 2, 64))
+    one, two, equal, urgent = (sequence(3, 9, priority=priority) for priority in (1, 1, 1, 0))
+    run.arrive(one, two)
+    run.step()
+    run.arrive(equal)
+    run.step()
+    assert (run.running, run.scheduler.num_preemptions) == ([one, two], 0), "not that of an equal"
+    run.arrive(urgent)
+    assert (urgent, 3) in summary(run.step())
+    assert (run.running, run.scheduler.waiting) == ([urgent, one], [two, equal])
+    run.run()
+    assert run.finished == [one, urgent, two, equal]
+
+
+def test_the_more_urgent_gets_the_blocks_of_the_less_urgent() -> None:
+    run = Run(scheduling(6, 2, 8, 64))
+    less, urgent = sequence(8, 4, priority=1), sequence(7, 2)
+    run.arrive(less)
+    run.step()
+    run.arrive(urgent)
+    assert summary(run.step()) == [(urgent, 7)]
+    run.run()
+    assert run.finished == [urgent, less]
+
+
+def test_nobody_gives_way_where_that_would_not_be_enough() -> None:
+    run = Run(scheduling(6, 2, 8, 64))
+    first, less, second = sequence(5, 4), sequence(1, 4, priority=1), sequence(7, 2)
+    run.arrive(first, less)
+    run.step()
+    run.arrive(second)
+    run.step()
+    assert (run.running, run.scheduler.num_preemptions) == ([first, less], 0)
+    run.run()
+    assert run.finished == [first, less, second]
+
+
+def test_the_more_urgent_gets_the_budget_of_prefill_first() -> None:
+    run = Run(scheduling(100, 4, 8, 4))
+    less, urgent = sequence(30, 1, priority=1), sequence(6, 1)
+    run.arrive(less)
+    run.step()
+    run.arrive(urgent)
+    assert summary(run.step()) == [(urgent, 4)]
+    assert summary(run.step()) == [(urgent, 2), (less, 2)]
 
 
 # --- microbatches ---

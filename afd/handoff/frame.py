@@ -14,6 +14,9 @@ from torch import Tensor
 from afd.errors import InvalidRequest
 from afd.model.config import ModelConfig
 from afd.model.moe import Routing
+from afd.urgency import NOT_URGENT, Urgency
+
+_MOST_US = (1 << 32) - 1
 
 
 class Frame(NamedTuple):
@@ -27,6 +30,7 @@ class Frame(NamedTuple):
     traceparent: str = ""
     is_probe: bool = False  # not to be computed: ffn_input itself is the answer
     epoch: int = 0  # of the layout of shards that it is for
+    urgency: Urgency = NOT_URGENT  # its deadline is by the clock of whoever holds it
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +73,13 @@ class InFlight(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
+    @property
+    def urgency(self) -> Urgency: ...
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+
 
 class FFN(Protocol):
     """The one seam: the decoder drives each layer through it, whatever is behind."""
@@ -90,7 +101,8 @@ class FFN(Protocol):
     def receive(self, batch: InFlight) -> Tensor:
         """The sum of all partial sums [T, D] of what was last sent for this microbatch; good until the next send.
 
-        Raises PeerUnavailable if no replica of a shard is left, or none answers in time.
+        Raises PeerUnavailable if no replica of a shard is left, or none answers in time; Cancelled if the microbatch is
+        abandoned meanwhile.
         """
 
     def drop(self, batch: InFlight) -> None:
@@ -101,6 +113,19 @@ class FFN(Protocol):
 
     def close(self) -> None:
         """Ends the connections."""
+
+
+def time_left_us(urgency: Urgency) -> int:
+    """As it crosses, where clocks are not compared; 0 without a deadline, or with one too far away to matter."""
+    seconds = urgency.time_left_s
+    return 0 if seconds is None or seconds * 1e6 > _MOST_US else max(1, int(seconds * 1e6))
+
+
+def urgency_of(priority: int, time_left_us: int) -> Urgency:
+    """What has crossed, by this host's clock."""
+    if priority == time_left_us == 0:
+        return NOT_URGENT
+    return Urgency.within(time_left_us / 1e6 if time_left_us else None, priority)
 
 
 @dataclass(frozen=True)

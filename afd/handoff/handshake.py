@@ -10,7 +10,7 @@ from afd.model.config import ModelConfig
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import tensor_pb2
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 def topology(config: ModelConfig, fingerprint: str, dtype: torch.dtype, shard: int, num_shards: int) -> pb.Topology:

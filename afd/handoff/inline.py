@@ -12,7 +12,7 @@ from afd.errors import AfdError, InternalError, InvalidRequest
 from afd.handoff.bell import Bell
 from afd.handoff.control import ControlStream, refusal
 from afd.handoff.fp8 import FP8, dequantize
-from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
+from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing, time_left_us, urgency_of
 from afd.handoff.slots import FrameSlots, SlotShape
 from afd.handoff.tensors import from_proto, to_proto
 from afd.model.moe import Routing
@@ -109,6 +109,8 @@ def frame_to_proto(frame: Frame, frames: FrameSlots) -> pb.Frame:
         traceparent=frame.traceparent,
         probe=frame.is_probe,
         epoch=frame.epoch,
+        priority=frame.urgency.priority,
+        time_left_us=time_left_us(frame.urgency),
     )
     message.ffn_input.CopyFrom(to_proto(parts.ffn_input))
     if frames.shape.frame_dtype is FP8:
@@ -139,6 +141,7 @@ def frame_from_proto(message: pb.Frame, rules: FrameRules, dtype: torch.dtype) -
         traceparent=message.traceparent,
         is_probe=message.probe,
         epoch=message.epoch,
+        urgency=urgency_of(message.priority, message.time_left_us),
     )
 
 

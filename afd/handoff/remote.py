@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from afd.errors import PeerUnavailable, StaleEpoch
+from afd.errors import Cancelled, PeerUnavailable, StaleEpoch
 from afd.handoff.bell import Lookout
 from afd.handoff.frame import Crossing, Frame, FrameOutput, InFlight
 from afd.handoff.replicas import Pair, Patience, RoutingTable
@@ -89,13 +89,13 @@ class RemoteFFN:
         return self.frames.buffer(batch.slot, batch.num_tokens) if self.device.type == "cpu" else None
 
     def send(self, batch: InFlight, layer_idx: int, ffn_input: Tensor, routing: Routing | None) -> None:
-        self._send(Frame(0, batch.slot, layer_idx, ffn_input, routing, self.traceparent()))
+        self._send(Frame(0, batch.slot, layer_idx, ffn_input, routing, self.traceparent(), urgency=batch.urgency))
 
     def receive(self, batch: InFlight) -> Tensor:
         flight = self._flights[batch.slot]
         while True:
             try:
-                self._await(flight)
+                self._await(flight, batch)
                 break
             except StaleEpoch as error:
                 flight = self._send_by_new_table(flight, error)
@@ -141,10 +141,12 @@ class RemoteFFN:
             return pair
         raise PeerUnavailable(f"FFN shard {shard}/{len(table.shards)} has no replica")
 
-    def _await(self, flight: _Flight) -> None:
+    def _await(self, flight: _Flight, batch: InFlight) -> None:
         """Until all shards have answered."""
         started = time.monotonic()
         while waiting := [asked for asked in flight.asked if not self._look(flight, asked)]:
+            if batch.abandoned:
+                raise Cancelled("nobody waits for the FFN's answer any more")
             limit_s = min(self._hurry(flight, asked) for asked in waiting)
             waited_s = flight.waited_s
             if waited_s > self.timeout_s:

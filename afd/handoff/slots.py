@@ -24,13 +24,13 @@ from torch import Tensor
 
 from afd.errors import InternalError, InvalidRequest
 from afd.handoff.fp8 import FP8, dequantize, quantize
-from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
+from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing, time_left_us, urgency_of
 from afd.model.moe import Routing
 
 _PAGE = 4096
 _ALIGNMENT = 64
-# frame_id, number of bytes, layer_idx, number of tokens, flags, epoch, traceparent
-_FRAME = struct.Struct("<QQiIII55s")
+# frame_id, number of bytes, layer_idx, number of tokens, flags, epoch, priority, time left in µs, traceparent
+_FRAME = struct.Struct("<QQiIIIiI55s")
 _ANSWER = struct.Struct("<QQIIQQ")  # frame_id, number of bytes, number of tokens, of the batch's, queue_ns, compute_ns
 _HEADER_BYTES = 128
 _HAS_ROUTING, _IS_PROBE = 1, 2
@@ -153,14 +153,15 @@ class FrameSlots:
         self._fill(parts, frame)
         flags = (_HAS_ROUTING if frame.routing else 0) | (_IS_PROBE if frame.is_probe else 0)
         numbers = (parts.num_bytes, frame.layer_idx, num_tokens, flags, frame.epoch)
-        _FRAME.pack_into(self.region.memory, start, 0, *numbers, frame.traceparent.encode())
+        urgency = (frame.urgency.priority, time_left_us(frame.urgency))
+        _FRAME.pack_into(self.region.memory, start, 0, *numbers, *urgency, frame.traceparent.encode())
         self.region.words[start // 8] = frame.frame_id
 
     def read(self, slot: int, rules: FrameRules) -> Frame:
         """The frame in a slot; nothing is copied. Raises InvalidRequest if it cannot be; which experts it names
         is checked where they are used."""
         header = _FRAME.unpack_from(self.region.memory, slot * self.shape.frame_stride)
-        frame_id, num_bytes, layer_idx, num_tokens, flags, epoch, traceparent = header
+        frame_id, num_bytes, layer_idx, num_tokens, flags, epoch, priority, time_left, traceparent = header
         has_routing, is_probe = bool(flags & _HAS_ROUTING), bool(flags & _IS_PROBE)
         if not is_probe:
             rules.check(layer_idx, num_tokens, has_routing)
@@ -180,6 +181,7 @@ class FrameSlots:
             traceparent=traceparent.rstrip(b"\0").decode("ascii", "replace"),
             is_probe=is_probe,
             epoch=epoch,
+            urgency=urgency_of(priority, time_left),
         )
 
     def parts(self, slot: int, num_tokens: int) -> FrameParts:

@@ -104,6 +104,7 @@ class Limits:
     requests_per_minute: int | None = None  # each prompt of a completion is one
     concurrency: int | None = None  # sequences decoded at once: each of the n choices is one
     tokens_per_day: int | None = None  # of prompts and answers, from midnight to midnight UTC
+    min_priority: int | None = None  # lower ones, which go first, are refused
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class AttentionServiceServicer(object):
     """
 
     def Decode(self, request, context):
-        """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work.
+        """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work; so
+        does the call's deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class AttentionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AttentionServiceAsyncStub: ...
     Decode: _grpc.UnaryStreamMultiCallable[_attention_pb2.DecodeRequest, _attention_pb2.DecodeResponse]
-    """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work."""
+    """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work; so
+    does the call's deadline.
+    """
     GetLoad: _grpc.UnaryUnaryMultiCallable[_attention_pb2.GetLoadRequest, _attention_pb2.GetLoadResponse]
     """What this replica is doing now."""
 
@@ -44,7 +46,9 @@ class AttentionServiceAsyncStub(AttentionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.UnaryStreamMultiCallable[_attention_pb2.DecodeRequest, _attention_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work."""
+    """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work; so
+    does the call's deadline.
+    """
     GetLoad: _aio.UnaryUnaryMultiCallable[_attention_pb2.GetLoadRequest, _attention_pb2.GetLoadResponse]  # type: ignore[assignment]
     """What this replica is doing now."""
 
@@ -57,7 +61,9 @@ class AttentionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _attention_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_attention_pb2.DecodeResponse], _abc.AsyncIterator[_attention_pb2.DecodeResponse]]:
-        """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work."""
+        """Decodes one sequence. Ending the stream removes the sequence, frees its KV blocks and drops its queued FFN work; so
+        does the call's deadline.
+        """
 
     @_abc_1.abstractmethod
     def GetLoad(

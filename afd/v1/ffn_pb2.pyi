@@ -101,7 +101,7 @@ class Welcome(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., max_frame_tokens: _Optional[int] = ..., declined: _Optional[str] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe", "epoch")
+    __slots__ = ("frame_id", "layer_idx", "ffn_input", "topk_ids", "topk_weights", "traceparent", "scales", "probe", "epoch", "priority", "time_left_us")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
     FFN_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,8 @@ class Frame(_message.Message):
     SCALES_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_US_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     layer_idx: int
     ffn_input: _tensor_pb2.Tensor
@@ -120,7 +122,9 @@ class Frame(_message.Message):
     scales: _tensor_pb2.Tensor
     probe: bool
     epoch: int
-    def __init__(self, frame_id: _Optional[int] = ..., layer_idx: _Optional[int] = ..., ffn_input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., traceparent: _Optional[str] = ..., scales: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., probe: bool = ..., epoch: _Optional[int] = ...) -> None: ...
+    priority: int
+    time_left_us: int
+    def __init__(self, frame_id: _Optional[int] = ..., layer_idx: _Optional[int] = ..., ffn_input: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., traceparent: _Optional[str] = ..., scales: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., probe: bool = ..., epoch: _Optional[int] = ..., priority: _Optional[int] = ..., time_left_us: _Optional[int] = ...) -> None: ...
 
 class DropFrame(_message.Message):
     __slots__ = ("frame_id",)

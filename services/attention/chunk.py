@@ -56,9 +56,9 @@ def _ffn_flops(config: ModelConfig) -> float:
 
 
 def fair_share(chunks: list[Chunk], other_costs: Iterable[float], cost: Callable[[Chunk], float]) -> list[Chunk]:
-    """Which of the chunks, oldest first, one more microbatch computes beside others that cost so much already.
+    """Which of the chunks, in turn, one more microbatch computes beside others that cost so much already.
 
-    The oldest is among them. Then each chunk, the dearest first, falls to the microbatch that is the cheapest so far,
+    The first is among them. Then each chunk, the dearest first, falls to the microbatch that is the cheapest so far,
     and to this one where they are equal. What falls to others is left for them.
     """
     costs = [cost(chunk) for chunk in chunks]

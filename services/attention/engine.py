@@ -7,6 +7,7 @@ time in which each goes through all layers once: it ends when the one ends that 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from afd.compute import ComputeThread
-from afd.errors import AfdError, InternalError, PeerUnavailable
+from afd.errors import AfdError, Cancelled, DeadlineExceeded, InternalError, PeerUnavailable
 from afd.model.sampler import sample
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
@@ -161,8 +162,8 @@ class Engine:
     def _obey(self, command: _Add | _Cancel | None) -> None:
         if isinstance(command, _Add):
             self.scheduler.add(command.sequence)
-        elif isinstance(command, _Cancel):
-            self.scheduler.remove(command.sequence)
+        elif isinstance(command, _Cancel) and self.scheduler.remove(command.sequence):
+            self.counters.add_dropped(command.sequence, "cancelled")
 
     def _take_turn(self, slot: int) -> None:
         try:
@@ -197,6 +198,7 @@ class Engine:
         """Prepares the slot's next microbatch. False if there is nothing for it."""
         if not self._under_way:
             self._begin_step()
+        self._expire()
         with self.timeline.measure("schedule"):
             chunks = self.scheduler.schedule(slot, self._num_microbatches)
             if chunks:
@@ -211,23 +213,26 @@ class Engine:
             self._leader = slot
         under_way = self._under_way[slot]
         batch = under_way.batch
-        if not batch.abandoned and next(under_way.layers, _END) is not _END:
-            under_way.num_sent += 1
-            return False
-        self._land(batch)
+        computed = False
+        with contextlib.suppress(Cancelled):  # abandoned while it was away
+            if not batch.abandoned:
+                computed = next(under_way.layers, _END) is _END
+                if not computed:
+                    under_way.num_sent += 1
+                    return False
+        self._land(batch, computed)
         if slot == self._leader:
             self._end_step()
         return True
 
-    def _land(self, batch: Microbatch) -> None:
+    def _land(self, batch: Microbatch, computed: bool) -> None:
         """Ends a microbatch that is through all layers, or that nobody waits for any more."""
         deliveries: list[Delivery] = []
-        abandoned = batch.abandoned
-        if abandoned:
+        if not computed:
             self.decoder.ffn.drop(batch)
         elif batch.sampled:
             deliveries = self._sample(batch)
-        self.scheduler.land(batch.slot, computed=not abandoned)
+        self.scheduler.land(batch.slot, computed)
         for delivery in deliveries:
             if isinstance(delivery.event, AfdError) or delivery.event.finish_reason:
                 self.scheduler.remove(delivery.sequence)
@@ -283,8 +288,18 @@ class Engine:
             if time.monotonic() > deadline:
                 self._fail(self._everyone, PeerUnavailable(f"the FFN is lost: {error}"))
             time.sleep(_RECOVERY_POLL_S)
+            self._expire()
+            self._hand_over()
             while not self._commands.empty():
                 self._obey(self._commands.get())
+
+    def _expire(self) -> None:
+        """Ends what is out of time, before anything more is computed for it."""
+        now = time.monotonic()
+        for sequence in self._everyone:
+            if sequence.urgency.deadline <= now and self.scheduler.remove(sequence):
+                self.counters.add_dropped(sequence, "expired")
+                self._undelivered.append(Delivery(sequence, DeadlineExceeded("the request's deadline has passed")))
 
     def _fail(self, sequences: list[Sequence], error: AfdError) -> None:
         for sequence in sequences:

@@ -34,6 +34,14 @@ class AttentionCollector(Collector):
         yield GaugeMetricFamily("afd_kv_blocks", "KV blocks in all", value=scheduler.blocks.num_blocks)
         yield GaugeMetricFamily("afd_kv_blocks_used", "KV blocks in use", value=scheduler.blocks.num_used)
         yield CounterMetricFamily("afd_preemptions", "sequences preempted", value=scheduler.num_preemptions)
+        counters = self.engine.counters
+        dropped = CounterMetricFamily("afd_sequences_dropped", "before their end", labels=["reason"])
+        saved = CounterMetricFamily("afd_tokens_saved", "of them, not computed", labels=["reason", "phase"])
+        for reason, number in counters.num_dropped.items():
+            dropped.add_metric([reason], number)
+            saved.add_metric([reason, "prefill"], counters.num_prefill_saved[reason])
+            saved.add_metric([reason, "decode"], counters.num_decode_saved[reason])
+        yield from (dropped, saved)
 
     def _steps(self) -> Iterator[Metric]:
         counters = self.engine.counters

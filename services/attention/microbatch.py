@@ -11,6 +11,7 @@ from torch import Tensor
 from afd.model.kv_cache import DecodeContext, PrefillChunk
 from afd.model.layers import Rotation
 from afd.model.mfa import AttentionBatch
+from afd.urgency import Urgency
 from services.attention.chunk import Chunk
 from services.attention.sequence import Sequence
 
@@ -25,6 +26,7 @@ class Microbatch:
     attention: AttentionBatch
     sampled: list[Sequence]  # sequences that get a token from this step
     sampled_rows: Tensor  # the row of each one's last token
+    urgency: Urgency
     hidden_states: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, D]
 
     @property
@@ -33,8 +35,7 @@ class Microbatch:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return all(chunk.sequence.cancelled for chunk in self.chunks)
+        return all(chunk.sequence.is_unwanted for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class MicrobatchBuilder:
             ),
             sampled=sampled,
             sampled_rows=self._tensor(sampled_rows),
+            urgency=Urgency.of_all(chunk.sequence.urgency for chunk in ordered),
         )
 
     def _slots(self, block_table: list[int], start: int, stop: int) -> list[int]:

@@ -1,14 +1,16 @@
 """What the next microbatch computes: one token of each decoding sequence, and chunks of prefill beside them, of
 sequences that no other microbatch is computing.
 
-When KV blocks run out, the youngest sequence gives its own back and waits (preemption); its tokens are computed
-again later. Nothing fails that can wait.
+Sequences take turns by priority, then as they came. When KV blocks run out, the last one gives its own back and waits
+(preemption), and so it does when a more urgent one finds no room; its tokens are computed again later. Nothing fails
+that can wait.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+import itertools
+from bisect import insort
+from collections.abc import Callable, Collection
 
 from services.attention.block_manager import BlockManager
 from services.attention.chunk import Chunk, fair_share
@@ -23,33 +25,38 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.cost = cost
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # in turn
+        self.running: list[Sequence] = []  # in turn
         self.num_preemptions = 0
         self.in_flight: dict[int, list[Chunk]] = {}  # by slot: what its microbatch computes
         self._leaving: set[Sequence] = set()  # removed while in flight
+        self._arrivals = itertools.count()
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.turn = sequence.urgency.priority, next(self._arrivals)
+        insort(self.waiting, sequence, key=_turn)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence, wherever it is, and frees its blocks: once nothing is written to them any more."""
+    def remove(self, sequence: Sequence) -> bool:
+        """Forgets a sequence, wherever it is, and frees its blocks: once nothing is written to them any more. Whether
+        it was there."""
         if sequence.in_flight:
+            is_new = sequence not in self._leaving
             self._leaving.add(sequence)
-            return
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self.blocks.free(sequence)
+            return is_new
+        for place in (self.running, self.waiting):
+            if sequence in place:
+                place.remove(sequence)
+                self.blocks.free(sequence)
+                return True
+        return False
 
     def schedule(self, slot: int, num_microbatches: int) -> list[Chunk]:
-        """The chunks of this slot's next microbatch, oldest sequence first: its fair share of all that is not in
-        flight, if there are to be so many. They are in flight until they land."""
+        """The chunks of this slot's next microbatch, in turn: its fair share of all that is not in flight, if there
+        are to be so many. They are in flight until they land."""
         costs = [sum(map(self.cost, others)) for others in self.in_flight.values()]
         costs += [0.0] * (num_microbatches - 1 - len(costs))
         chunks = fair_share(self._ready(), costs, self.cost) if slot < num_microbatches else []
@@ -71,52 +78,71 @@ class Scheduler:
                 self.remove(sequence)
 
     def _ready(self) -> list[Chunk]:
-        """What could be computed now, oldest sequence first, with blocks for it."""
+        """What could be computed now, in turn, with blocks for it."""
         chunks: list[Chunk] = []
         budget = self.prefill_chunk_tokens - sum(
             chunk.prefill_tokens for own in self.in_flight.values() for chunk in own
         )
-        index = 0
-        while index < len(self.running):  # preemption shortens the list behind what is ready
+        if budget > 0:
+            self._make_way()
+        index, admitting = 0, True
+        while True:
+            if admitting and self._is_turn_of_waiting(index):
+                admitting = budget > 0 and self._has_room(self.waiting[0])
+                if admitting:
+                    self.running.insert(index, self.waiting.pop(0))
+            if index == len(self.running):
+                return chunks
             sequence = self.running[index]
             if not sequence.in_flight:
                 chunk = self._chunk(sequence, budget)
                 if chunk.num_tokens and self._make_room(sequence, chunk.num_tokens):
                     chunks.append(chunk)
                     budget -= chunk.prefill_tokens
-            index += 1
-        while self.waiting and budget > 0 and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            chunk = self._chunk(sequence, budget)
-            self.blocks.grow(sequence, chunk.num_tokens)
-            chunks.append(chunk)
-            budget -= chunk.prefill_tokens
-        return chunks
+            index = min(index + 1, len(self.running))  # preemption shortens the list behind what is ready
+
+    def _is_turn_of_waiting(self, index: int) -> bool:
+        """Whether the first that waits comes before the running one there."""
+        return bool(self.waiting) and (index == len(self.running) or self.waiting[0].turn < self.running[index].turn)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         num_uncomputed = sequence.num_uncomputed
         return Chunk(sequence, 1 if num_uncomputed == 1 else min(num_uncomputed, budget))
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Preempts the youngest sequences that are not in flight until there are blocks. False if that came down to
-        this one: it is preempted too, or waits where others in flight may soon give theirs."""
+        """Preempts the last sequences that are not in flight until there are blocks. False if that came down to this
+        one: it is preempted too, or waits where others in flight may soon give theirs."""
         while not self.blocks.grow(sequence, sequence.num_computed + num_tokens):
-            youngest = next(other for other in reversed(self.running) if not other.in_flight)
-            if youngest is not sequence or not self.in_flight:
-                self._preempt(youngest)
-            if youngest is sequence:
+            last = next(other for other in reversed(self.running) if not other.in_flight)
+            if last is not sequence or not self.in_flight:
+                self._preempt(last)
+            if last is sequence:
                 return False
         return True
+
+    def _make_way(self) -> None:
+        """Preempts less urgent sequences for the one that is to be admitted next, if that helps."""
+        if not self.waiting:
+            return
+        first = self.waiting[0]
+        others = [other for other in self.running if not other.in_flight and other.turn[0] > first.turn[0]]
+        if self._has_room(first, others):
+            while not self._has_room(first):
+                self._preempt(others.pop())
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.free(sequence)
         sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_turn)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Only with blocks for all it has and its next token: a preempted sequence is not let in to be preempted."""
-        needed = min(sequence.num_tokens + 1, sequence.max_context_tokens)
-        return len(self.running) < self.max_sequences and self.blocks.num_needed(needed) <= self.blocks.num_free
+    def _has_room(self, sequence: Sequence, without: Collection[Sequence] = ()) -> bool:
+        """For all it has and its next token: a preempted sequence is not let in to be preempted."""
+        needed = self.blocks.num_needed(min(sequence.num_tokens + 1, sequence.max_context_tokens))
+        num_free = self.blocks.num_free + sum(len(other.block_table) for other in without)
+        return len(self.running) - len(without) < self.max_sequences and needed <= num_free
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn

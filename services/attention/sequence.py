@@ -11,6 +11,7 @@ from afd.errors import AfdError
 from afd.model.sampler import SampledToken, SamplerRow
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import FinishReason, SequenceKey
+from afd.urgency import NOT_URGENT, Urgency
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Sequence:
     max_context_tokens: int
     outbox: asyncio.Queue[TokenEvent | AfdError] = field(default_factory=asyncio.Queue)
     span_context: SpanContext | None = None
+    urgency: Urgency = NOT_URGENT
+    turn: tuple[int, int] = (0, 0)  # of all sequences here: by priority, then as they came
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     in_flight: bool = False  # a microbatch is computing its next tokens
@@ -47,6 +50,17 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_undecoded(self) -> int:
+        """Tokens still to be sampled, if nothing ends it before."""
+        room = self.max_context_tokens - self.num_tokens
+        return room if self.params.max_tokens is None else min(room, self.params.max_tokens - len(self.output_ids))
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for its next token any more."""
+        return self.cancelled or self.urgency.is_over
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and output together."""

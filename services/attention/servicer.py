@@ -12,6 +12,7 @@ from afd.model.config import ModelConfig
 from afd.model.sampling_params import check_token_ids
 from afd.protocol import finish_reason_to_proto, sampling_from_proto
 from afd.state.requests import SequenceKey
+from afd.urgency import Urgency
 from afd.v1 import attention_pb2 as pb
 from afd.v1 import attention_pb2_grpc, sampling_pb2
 from services.attention.engine import Engine
@@ -33,7 +34,8 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
     async def Decode(self, request: pb.DecodeRequest, context: rpc.Context) -> AsyncIterator[pb.DecodeResponse]:
         async with rpc.aborting(context):
             span = telemetry.tracer.start_span("attention.decode", telemetry.context_of(rpc.metadata_of(context)))
-            sequence = self._sequence(request, span.get_span_context())
+            urgency = Urgency.within(context.time_remaining(), request.priority)
+            sequence = self._sequence(request, urgency, span.get_span_context())
             await context.send_initial_metadata(((rpc.ACCEPTED, "1"),))
             self.engine.submit(sequence)
             self.num_open += 1
@@ -70,7 +72,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             },
         )  # fmt: skip
 
-    def _sequence(self, request: pb.DecodeRequest, span_context: trace.SpanContext) -> Sequence:
+    def _sequence(self, request: pb.DecodeRequest, urgency: Urgency, span_context: trace.SpanContext) -> Sequence:
         if self.draining:
             raise PeerUnavailable("this attention replica is draining")
         if self.num_open >= self.max_open and not request.num_generated:  # what has begun elsewhere is taken in
@@ -96,6 +98,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             eos_token_ids=self.config.eos_token_ids,
             max_context_tokens=self.max_context_tokens,
             span_context=span_context,
+            urgency=urgency,
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from afd.handoff.frame import Crossing
+from services.attention.sequence import Sequence
 
+Drop = Literal["cancelled", "expired"]
 Part = Literal["schedule", "attention", "send", "receive", "lm_head", "sample"]
 PARTS: tuple[Part, ...] = ("schedule", "attention", "send", "receive", "lm_head", "sample")
 
@@ -109,6 +111,14 @@ class StepCounters:
     step_ns: int = 0
     part_ns: dict[Part, int] = field(default_factory=lambda: defaultdict(int))
     shards: dict[int, ShardCounters] = field(default_factory=lambda: defaultdict(ShardCounters))
+    num_dropped: Counter[Drop] = field(default_factory=Counter)  # sequences, before their end
+    num_prefill_saved: Counter[Drop] = field(default_factory=Counter)  # tokens of theirs that were not computed
+    num_decode_saved: Counter[Drop] = field(default_factory=Counter)  # the same, if nothing else had ended them before
+
+    def add_dropped(self, sequence: Sequence, why: Drop) -> None:
+        self.num_dropped[why] += 1
+        self.num_prefill_saved[why] += sequence.num_uncomputed - 1
+        self.num_decode_saved[why] += sequence.num_undecoded
 
     def add_microbatch(self, num_tokens: int, num_generated: int) -> None:
         self.num_microbatches += 1

@@ -26,6 +26,7 @@ from afd.telemetry import record_ffn_spans
 log = logging.getLogger(__name__)
 
 _NO_WORK_S = 1.0
+_LONGEST_PASSED_OVER_S = 0.05  # half of what attention waits at least before it asks another replica
 
 
 class Endpoint(Protocol):
@@ -77,13 +78,14 @@ class BatcherCounters:
     num_batches: int = 0
     num_tokens: int = 0
     num_frames_dropped: int = 0
+    num_tokens_dropped: int = 0
     queue_ns: int = 0
     compute_ns: int = 0
     bubble_ns: int = 0
 
 
 class Batcher:
-    """Takes the oldest frame and with it every frame of the same layer that is there: nobody waits for a peer
+    """Takes the most urgent frame and with it every frame of the same layer that is there: nobody waits for a peer
     that has nothing to send."""
 
     def __init__(self, shard: FFNShard, max_batch_tokens: int, spin_s: float, device: torch.device) -> None:
@@ -164,16 +166,31 @@ class Batcher:
             self._drop_unawaited()
 
     def _drop_unawaited(self) -> None:
-        awaited = [
-            queued
-            for queued in self._queue
-            if queued.endpoint in self.endpoints and queued.endpoint.awaits(queued.frame)
-        ]
-        self.counters.num_frames_dropped += len(self._queue) - len(awaited)
+        awaited = []
+        for queued in self._queue:
+            if self._is_awaited(queued):
+                awaited.append(queued)
+            else:
+                self.counters.num_frames_dropped += 1
+                self.counters.num_tokens_dropped += queued.frame.num_tokens
         self._queue = awaited
 
+    def _is_awaited(self, queued: QueuedFrame) -> bool:
+        endpoint, frame = queued.endpoint, queued.frame
+        return endpoint in self.endpoints and endpoint.awaits(frame) and not frame.urgency.is_over
+
+    def _put_first(self) -> None:
+        """The oldest of the most urgent frames comes first, unless another one was passed over for too long."""
+        oldest = self._queue[0]
+        first = min(self._queue, key=lambda queued: queued.frame.urgency.priority)
+        waited_s = (time.perf_counter_ns() - oldest.queued_ns) / 1e9
+        if first is not oldest and waited_s <= _LONGEST_PASSED_OVER_S:
+            self._queue.remove(first)
+            self._queue.insert(0, first)
+
     def _next_batch(self) -> list[QueuedFrame]:
-        """The oldest frame, and those of its layer that fit beside it."""
+        """The first frame, and those of its layer that fit beside it."""
+        self._put_first()
         layer_idx, num_tokens = self._queue[0].frame.layer_idx, 0
         batch: list[QueuedFrame] = []
         rest: list[QueuedFrame] = []

@@ -25,6 +25,7 @@ class FfnCollector(Collector):
         yield CounterMetricFamily(
             "afd_ffn_frames_dropped", "frames dropped before they were computed", value=counters.num_frames_dropped
         )
+        yield CounterMetricFamily("afd_ffn_tokens_dropped", "their rows", value=counters.num_tokens_dropped)
         yield CounterMetricFamily(
             "afd_ffn_queue_seconds", "time of all frames in the queue", value=counters.queue_ns / 1e9
         )

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from afd.errors import AfdError, NotFound, PeerUnavailable, Unauthenticated
+from afd.errors import AfdError, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
 from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, split
 from services.gateway import metrics
 from services.gateway.generation import Request
@@ -124,6 +124,7 @@ class Gatekeeper:
         num_prompt_tokens = sum(len(request.prompt_ids) for request in requests if request.resumed_at is None)
         demand = Demand(len(requests), num_prompt_tokens, slots)
         try:
+            _check_priority(await self._find(key_id), requests)
             await asyncio.gather(
                 *(self.keys.claim(key_id, request.request_id, self.request_ttl_s) for request in requests)
             )
@@ -161,3 +162,9 @@ class Gatekeeper:
             remembered = time.monotonic() + _REMEMBERED_S, key
         self._remembered[key_id] = remembered
         return remembered[1]
+
+
+def _check_priority(key: ApiKey | None, requests: Sequence[Request]) -> None:
+    limit = key.limits.min_priority if key else None
+    if limit is not None and any(request.urgency.priority < limit for request in requests):
+        raise InvalidRequest(f"this API key may not ask for a priority below {limit}", "priority")

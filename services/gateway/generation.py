@@ -31,6 +31,7 @@ from afd.model.config import ModelConfig
 from afd.model.sampling_params import SamplingParams, check_token_ids
 from afd.protocol import finish_reason_from_proto, sampling_from_proto, sampling_to_proto
 from afd.state.requests import JournaledToken, RequestRecord, RequestStore, SequenceKey, Status
+from afd.urgency import Urgency
 from afd.v1 import attention_pb2, sampling_pb2
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
@@ -51,6 +52,7 @@ class Request:
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams  # seed and max_tokens are set
+    urgency: Urgency
     resumed_at: tuple[int, ...] | None = None  # index of the first token wanted of each choice; None: it begins
     epochs: tuple[int, ...] = ()  # of the records of its choices, once they are written
 
@@ -123,7 +125,7 @@ class Generator:
     def num_running(self) -> int:
         return len(self._running)
 
-    def admit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Request:
+    def admit(self, request_id: str, prompt_ids: list[int], params: SamplingParams, urgency: Urgency) -> Request:
         """Checks everything that can be checked before the request costs anything. Raises InvalidRequest, Overloaded,
         or PeerUnavailable while there is nobody to decode it."""
         if self.draining:
@@ -163,6 +165,7 @@ class Generator:
             request_id or uuid.uuid4().hex,
             prompt_ids,
             replace(params, seed=seed, max_tokens=params.max_tokens or room),
+            urgency,
         )
 
     def _refuse_running(self, request_id: str) -> None:
@@ -176,7 +179,7 @@ class Generator:
             running.end(Cancelled(f"request {request_id} was cancelled"))
         return running is not None
 
-    async def reopen(self, request_id: str, next_index: Sequence[int]) -> Request:
+    async def reopen(self, request_id: str, next_index: Sequence[int], urgency: Urgency) -> Request:
         """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
         choice. If it still runs here, its stream ends.
 
@@ -196,7 +199,7 @@ class Generator:
         if len(next_index) > params.n:
             raise InvalidRequest(f"the request has {params.n} choices, not {len(next_index)}", "next_index")
         resumed_at = (*next_index, *[0] * (params.n - len(next_index)))
-        return Request(request_id, list(record.prompt_ids), params, resumed_at)
+        return Request(request_id, list(record.prompt_ids), params, urgency, resumed_at)
 
     @contextlib.asynccontextmanager
     async def opened(
@@ -236,7 +239,7 @@ class Generator:
         observed = metrics.RequestTimes()
         try:
             choices = [self._choice(request, choice, running, span) for choice in range(request.params.n)]
-            async with contextlib.aclosing(merged(choices, self._limits(running))) as tokens:
+            async with contextlib.aclosing(merged(choices, self._limits(running, request.urgency))) as tokens:
                 async for token in tokens:
                     observed.token(token.choice)
                     yield token
@@ -248,13 +251,16 @@ class Generator:
             span.set_attribute("gen_ai.usage.output_tokens", observed.num_tokens)
             span.end()
 
-    async def _limits(self, running: _Running) -> NoReturn:
+    async def _limits(self, running: _Running, urgency: Urgency) -> NoReturn:
         """Ends the request when it is cancelled, resumed in another stream, or takes too long."""
+        left_s = urgency.time_left_s
+        is_own = left_s is not None and left_s < self.timeout_s
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(left_s if is_own else self.timeout_s):
                 await running.ending.wait()
         except TimeoutError:
-            raise DeadlineExceeded(f"the request took longer than {self.timeout_s:g} s") from None
+            limit = "its deadline allows" if is_own else f"{self.timeout_s:g} s"
+            raise DeadlineExceeded(f"the request took longer than {limit}") from None
         assert running.reason is not None
         raise running.reason
 
@@ -326,6 +332,7 @@ class Generator:
             token_ids=[*request.prompt_ids, *(token.id for token in transcript.tokens)],
             num_generated=len(transcript.tokens),
             sampling=sampling_to_proto(params),
+            priority=request.urgency.priority,
         )
 
     async def _decode(
@@ -342,6 +349,7 @@ class Generator:
         traceparent = telemetry.traceparent(span)
         call = entry.stub.Decode(
             self._decode_request(request, ownership, transcript),
+            timeout=request.urgency.time_left_s,
             metadata=(("traceparent", traceparent),) if traceparent else None,
         )
         try:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, Unauthenticated
+from afd.urgency import Urgency
 from services.gateway.auth import Gatekeeper
 from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
@@ -46,7 +47,7 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None)
     created = int(time.time())
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
-    app.add_middleware(_KeyCheck, gatekeeper=gatekeeper)  # before the body is read
+    app.add_middleware(_KeyCheck, gatekeeper=gatekeeper, max_bytes=max_body_bytes)  # before the body is kept
     app.add_exception_handler(AfdError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -72,20 +73,23 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        admitted = await _reopen(generator, gatekeeper, len(body.prompts()), request)
-        admitted = admitted or await _admit_completion(generator, body)
+        urgency = body.urgency()
+        admitted = await _reopen(generator, gatekeeper, len(body.prompts()), urgency, request)
+        admitted = admitted or await _admit_completion(generator, body, urgency)
         return await _answer(generator, gatekeeper, admitted, CompletionFormat(body, generator), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        admitted = await _reopen(generator, gatekeeper, 1, request) or [await _admit_chat(generator, body)]
+        urgency = body.urgency()
+        admitted = await _reopen(generator, gatekeeper, 1, urgency, request)
+        admitted = admitted or [await _admit_chat(generator, body, urgency)]
         return await _answer(generator, gatekeeper, admitted, ChatFormat(body, generator), request)
 
     return app
 
 
-async def _admit_completion(generator: Generator, body: CompletionBody) -> list[Admitted]:
+async def _admit_completion(generator: Generator, body: CompletionBody, urgency: Urgency) -> list[Admitted]:
     prompts = body.prompts()
     if not prompts:
         raise InvalidRequest("the prompt is empty", "prompt")
@@ -100,21 +104,22 @@ async def _admit_completion(generator: Generator, body: CompletionBody) -> list[
     names = request_ids(body.request_id or uuid.uuid4().hex, len(prompts))
     for name, prompt in zip(names, prompts, strict=True):
         prompt_ids = await generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        admitted.append(generator.admit(name, prompt_ids, params))
+        admitted.append(generator.admit(name, prompt_ids, params, urgency))
     return admitted
 
 
-async def _admit_chat(generator: Generator, body: ChatBody) -> Admitted:
+async def _admit_chat(generator: Generator, body: ChatBody, urgency: Urgency) -> Admitted:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.for_template() for message in body.messages]
     prompt_ids = await generator.tokenizer.encode_chat(messages, body.add_generation_prompt)
-    return generator.admit(body.request_id or "", prompt_ids, body.sampling(max_tokens, body.top_logprobs or 0))
+    params = body.sampling(max_tokens, body.top_logprobs or 0)
+    return generator.admit(body.request_id or "", prompt_ids, params, urgency)
 
 
 async def _reopen(
-    generator: Generator, gatekeeper: Gatekeeper, num_prompts: int, request: Request
+    generator: Generator, gatekeeper: Gatekeeper, num_prompts: int, urgency: Urgency, request: Request
 ) -> list[Admitted] | None:
     """The requests behind the stream that a `Last-Event-ID` header belongs to; their prompts are known. None without
     that header. Raises InvalidRequest or NotFound."""
@@ -124,7 +129,7 @@ async def _reopen(
     place = Place.parse(header, num_prompts)
     for name in place.names:
         await gatekeeper.check_owner(request.state.caller, name)
-    return [await generator.reopen(name, place.of_prompt(number)) for number, name in enumerate(place.names)]
+    return [await generator.reopen(name, place.of_prompt(number), urgency) for number, name in enumerate(place.names)]
 
 
 async def _answer(
@@ -274,9 +279,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 class _KeyCheck:
     """Notes whose request it is, and refuses one without a valid API key where one is needed."""
 
-    def __init__(self, app: ASGIApp, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, app: ASGIApp, gatekeeper: Gatekeeper, max_bytes: int) -> None:
         self.app = app
         self.gatekeeper = gatekeeper
+        self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
@@ -285,6 +291,7 @@ class _KeyCheck:
             try:
                 scope.setdefault("state", {})["caller"] = await self.gatekeeper.authenticate(authorization)
             except AfdError as error:
+                await _read_body(receive, 0, _MAX_READ_AWAY * self.max_bytes)
                 app = _refusal(error)
         await app(scope, receive, send)
 
@@ -300,7 +307,7 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = await self._read(receive)
+        body = await _read_body(receive, self.max_bytes, _MAX_READ_AWAY * self.max_bytes)
         if body is None:
             error = InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
             await JSONResponse(_error_body(error), 400, headers={"Connection": "close"})(scope, receive, send)
@@ -312,16 +319,18 @@ class _BodyLimit:
 
         await self.app(scope, replayed, send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None where it is too large, whose rest is read away so that the client gets to hear of it."""
-        parts: list[bytes] = []
-        num_bytes = 0
-        more = True
-        while more and num_bytes <= _MAX_READ_AWAY * self.max_bytes:
-            message = await receive()
-            chunk = message.get("body", b"")
-            num_bytes += len(chunk)
-            more = message.get("more_body", False)
-            if num_bytes <= self.max_bytes:
-                parts.append(chunk)
-        return b"".join(parts) if num_bytes <= self.max_bytes else None
+
+async def _read_body(receive: Receive, max_bytes: int, most_bytes: int) -> bytes | None:
+    """The body; None where it is too large, whose rest is read away, up to most_bytes: a client that still sends does
+    not get to hear of the refusal."""
+    parts: list[bytes] = []
+    num_bytes = 0
+    more = True
+    while more and num_bytes <= most_bytes:
+        message = await receive()
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        more = message.get("more_body", False)
+        if num_bytes <= max_bytes:
+            parts.append(chunk)
+    return b"".join(parts) if num_bytes <= max_bytes else None

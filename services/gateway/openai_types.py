@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, S
 
 from afd.errors import InvalidRequest
 from afd.model.sampling_params import SamplingParams
+from afd.urgency import Urgency
 
 Number = StrictFloat | StrictInt
 TokenId = StrictInt
@@ -61,6 +62,13 @@ class SamplingBody(_Body):
     ignore_eos: StrictBool = False
     return_token_ids: StrictBool = False
     request_id: StrictStr | None = None
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0
+    # ours
+    timeout_s: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def urgency(self) -> Urgency:
+        """From now on."""
+        return Urgency.within(self.timeout_s, self.priority)
 
     def sampling(self, max_tokens: int | None, top_logprobs: int) -> SamplingParams:
         """Temperature is 1 where none is given, as in OpenAI's API; top_k of 0 or -1 means none, as in vLLM."""

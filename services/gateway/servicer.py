@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from afd import rpc
 from afd.errors import InvalidRequest
 from afd.protocol import finish_reason_to_proto, sampling_from_proto
+from afd.urgency import Urgency
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
 from services.gateway.auth import Caller, Gatekeeper
@@ -25,8 +26,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: rpc.Context) -> AsyncIterator[pb.GenerateResponse]:
         async with rpc.aborting(context):
             caller = await self._caller(context)
+            urgency = Urgency.within(context.time_remaining(), request.priority)
+            prompt_ids = await self._prompt_ids(request)
             admitted = self.generator.admit(
-                request.request_id, await self._prompt_ids(request), sampling_from_proto(request.sampling)
+                request.request_id, prompt_ids, sampling_from_proto(request.sampling), urgency
             )
             async with self._opened(caller, admitted, context) as tokens:
                 yield pb.GenerateResponse(started=_started(admitted))
@@ -37,7 +40,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         async with rpc.aborting(context):
             caller = await self._caller(context)
             await self.gatekeeper.check_owner(caller, request.request_id)
-            reopened = await self.generator.reopen(request.request_id, request.next_index)
+            urgency = Urgency.within(context.time_remaining(), request.priority)
+            reopened = await self.generator.reopen(request.request_id, request.next_index, urgency)
             async with self._opened(caller, reopened, context) as tokens:
                 yield pb.ResumeResponse(started=_started(reopened))
                 async for token in tokens:
