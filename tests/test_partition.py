@@ -66,6 +66,8 @@ def link() -> Iterator[Link]:
         ip(*within, "link", "set", "lo", "up")
         yield link
     finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("link", "del", link.device)
         ip("netns", "del", link.namespace)
 
 
