@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import redis
 
 from afd import Client, SyncClient
 from afd.cli import main
@@ -69,14 +70,23 @@ async def some(number: int) -> AsyncGenerator[int, None]:
         yield token
 
 
+async def metered(
+    gatekeeper: Gatekeeper, caller: Caller, wanted: Request, tokens: AsyncGenerator[int, None]
+) -> AsyncGenerator[int, None]:
+    async with gatekeeper.admitted(caller, [wanted]) as account:
+        async for token in tokens:
+            account.count_token()
+            yield token
+
+
 async def ask(gatekeeper: Gatekeeper, caller: Caller, num_tokens: int = 3, **wanted: Any) -> list[int]:
-    return [token async for token in gatekeeper.metered(caller, [request(**wanted)], some(num_tokens))]
+    return [token async for token in metered(gatekeeper, caller, request(**wanted), some(num_tokens))]
 
 
 @contextlib.asynccontextmanager
 async def running(gatekeeper: Gatekeeper, caller: Caller, **wanted: Any) -> AsyncIterator[AsyncGenerator[int, None]]:
     """A request that has its first token, and goes on until the block is left."""
-    async with contextlib.aclosing(gatekeeper.metered(caller, [request(**wanted)], endless())) as tokens:
+    async with contextlib.aclosing(metered(gatekeeper, caller, request(**wanted), endless())) as tokens:
         await anext(tokens)
         yield tokens
 
@@ -186,7 +196,7 @@ async def test_many_at_once_get_no_more_than_there_is(gateways: Gateways) -> Non
 
     async def one(gatekeeper: Gatekeeper) -> bool:
         try:
-            return [token async for token in gatekeeper.metered(caller, [request()], hold())] == [1]
+            return [token async for token in metered(gatekeeper, caller, request(), hold())] == [1]
         except Overloaded:
             return False
 
@@ -366,9 +376,12 @@ def test_what_is_over_the_limit_says_when_to_come_again(served: Served) -> None:
     with SyncClient(served.mesh.gateway.address, api_key=key) as client:
         next(client.generate([5], max_tokens=1))
         with pytest.raises(Overloaded) as caught:
-            next(client.generate([5], max_tokens=1))
+            next(client.generate([5], max_tokens=1, request_id="refused"))
     assert caught.value.retry_after_s is not None
     assert 50 < caught.value.retry_after_s <= 60
+    with redis.Redis.from_url(served.redis) as server:
+        assert list(server.scan_iter("afd:request:*refused*")) == [], "nothing is written down for it"
+        assert len(list(server.scan_iter("afd:request:*"))) > 0
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError) as refused:
             served.client(key).completions.create(model=served.model, prompt=[5], max_tokens=1, stream=stream)

@@ -7,9 +7,8 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from afd.errors import AfdError, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
 from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, split
@@ -17,8 +16,6 @@ from services.gateway import metrics
 from services.gateway.generation import Request
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _REMEMBERED_S = 3.0  # a revoked key is refused after so long at the latest
 _SETTLE_S = 1.0
@@ -32,12 +29,15 @@ class Caller:
 
 
 @dataclass(eq=False)
-class _Account:
+class Account:
     """An admitted call, and the tokens of its answer that Redis does not know of yet."""
 
-    key_id: str
-    slots: tuple[str, ...]
+    key_id: str = ""
+    slots: tuple[str, ...] = ()
     num_unsettled: int = 0
+
+    def count_token(self) -> None:
+        self.num_unsettled += 1
 
     def take(self) -> int:
         taken, self.num_unsettled = self.num_unsettled, 0
@@ -50,7 +50,7 @@ class Gatekeeper:
     required: bool
     request_ttl_s: float  # how long it is known whose a request is
     _remembered: dict[str, tuple[float, ApiKey]] = field(default_factory=dict)
-    _accounts: set[_Account] = field(default_factory=set)
+    _accounts: set[Account] = field(default_factory=set)
     _owners: dict[str, str] = field(default_factory=dict)  # of the requests that run here
     _leaving: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -74,15 +74,25 @@ class Gatekeeper:
             raise Unauthenticated("the API key is not valid")
         return Caller(key_id)
 
-    def metered(
-        self, caller: Caller, requests: Sequence[Request], tokens: AsyncGenerator[T, None]
-    ) -> AsyncGenerator[T, None]:
-        """The tokens of an admitted call, if the caller's key has room for it, and counted.
+    @contextlib.asynccontextmanager
+    async def admitted(self, caller: Caller, requests: Sequence[Request]) -> AsyncIterator[Account]:
+        """A call, if the caller's key has room for it; its tokens are counted by the account.
 
         Raises Overloaded with when to come again, or InvalidRequest for what the key can never have. A quota that is
         spent meanwhile lets the call end.
         """
-        return self._metered(caller.key_id, requests, tokens) if caller.key_id else tokens
+        if caller.key_id is None:
+            yield Account()
+            return
+        account = await self._admit(caller.key_id, requests)
+        owned = {request.request_id: caller.key_id for request in requests}
+        self._owners |= owned
+        try:
+            yield account
+        finally:
+            for request_id in owned:
+                self._owners.pop(request_id, None)
+            await self._leave(account)
 
     async def owns(self, caller: Caller, request_id: str) -> bool:
         """Whether the caller may cancel or resume a request: only its own, where keys are required."""
@@ -102,23 +112,7 @@ class Gatekeeper:
             await asyncio.sleep(_SETTLE_S)
             await asyncio.gather(*map(self._settle, tuple(self._accounts)))
 
-    async def _metered(
-        self, key_id: str, requests: Sequence[Request], tokens: AsyncGenerator[T, None]
-    ) -> AsyncGenerator[T, None]:
-        account = await self._admit(key_id, requests)
-        owned = {request.request_id: key_id for request in requests}
-        self._owners |= owned
-        try:
-            async with contextlib.aclosing(tokens):
-                async for token in tokens:
-                    account.num_unsettled += 1
-                    yield token
-        finally:
-            for request_id in owned:
-                self._owners.pop(request_id, None)
-            await self._leave(account)
-
-    async def _admit(self, key_id: str, requests: Sequence[Request]) -> _Account:
+    async def _admit(self, key_id: str, requests: Sequence[Request]) -> Account:
         name = uuid.uuid4().hex
         slots = tuple(f"{name}:{number}" for number in range(sum(request.params.n for request in requests)))
         num_prompt_tokens = sum(len(request.prompt_ids) for request in requests if request.resumed_at is None)
@@ -132,11 +126,11 @@ class Gatekeeper:
         except AfdError as error:
             metrics.REFUSED.labels(type(error).__name__).inc()
             raise
-        account = _Account(key_id, slots)
+        account = Account(key_id, slots)
         self._accounts.add(account)
         return account
 
-    async def _leave(self, account: _Account) -> None:
+    async def _leave(self, account: Account) -> None:
         """Returns when the slots are free; they become so even if the caller is cancelled meanwhile."""
         self._accounts.discard(account)
         task = asyncio.create_task(self._settle(account, release=True))
@@ -144,7 +138,7 @@ class Gatekeeper:
         task.add_done_callback(self._leaving.discard)
         await asyncio.shield(task)
 
-    async def _settle(self, account: _Account, release: bool = False) -> None:
+    async def _settle(self, account: Account, release: bool = False) -> None:
         num_tokens = account.take()
         try:
             await self.keys.settle(account.key_id, num_tokens, account.slots, release=release)

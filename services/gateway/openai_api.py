@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, Unauthenticated
 from afd.urgency import Urgency
-from services.gateway.auth import Gatekeeper
+from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
 from services.gateway.merge import merged
@@ -136,12 +136,21 @@ async def _answer(
     generator: Generator, gatekeeper: Gatekeeper, admitted: list[Admitted], form: Format, request: Request
 ) -> Response:
     carrier = {"traceparent": request.headers["traceparent"]} if "traceparent" in request.headers else {}
-    parts = gatekeeper.metered(request.state.caller, admitted, _parts(generator, admitted, carrier))
+    parts = _metered(gatekeeper, request.state.caller, admitted, _parts(generator, admitted, carrier))
     if not form.body.stream:
         return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
     first = await _unless_disconnected(request, anext(parts, None))  # a refusal is still a status, not an event
     events = _events(_chain(first, parts), form, admitted)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _metered(
+    gatekeeper: Gatekeeper, caller: Caller, admitted: list[Admitted], parts: AsyncGenerator[Part, None]
+) -> AsyncGenerator[Part, None]:
+    async with gatekeeper.admitted(caller, admitted) as account, contextlib.aclosing(parts):
+        async for part in parts:
+            account.count_token()
+            yield part
 
 
 def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[Part, None]:

@@ -11,7 +11,7 @@ from afd.protocol import finish_reason_to_proto, sampling_from_proto
 from afd.urgency import Urgency
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
-from services.gateway.auth import Caller, Gatekeeper
+from services.gateway.auth import Account, Caller, Gatekeeper
 from services.gateway.generation import Generator, Request
 from services.gateway.transcript import Token
 
@@ -31,9 +31,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             admitted = self.generator.admit(
                 request.request_id, prompt_ids, sampling_from_proto(request.sampling), urgency
             )
-            async with self._opened(caller, admitted, context) as tokens:
+            async with self._opened(caller, admitted, context) as (account, tokens):
                 yield pb.GenerateResponse(started=_started(admitted))
                 async for token in tokens:
+                    account.count_token()
                     yield pb.GenerateResponse(token=_token(token))
 
     async def Resume(self, request: pb.ResumeRequest, context: rpc.Context) -> AsyncIterator[pb.ResumeResponse]:
@@ -42,9 +43,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             await self.gatekeeper.check_owner(caller, request.request_id)
             urgency = Urgency.within(context.time_remaining(), request.priority)
             reopened = await self.generator.reopen(request.request_id, request.next_index, urgency)
-            async with self._opened(caller, reopened, context) as tokens:
+            async with self._opened(caller, reopened, context) as (account, tokens):
                 yield pb.ResumeResponse(started=_started(reopened))
                 async for token in tokens:
+                    account.count_token()
                     yield pb.ResumeResponse(token=_token(token))
 
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
@@ -67,12 +69,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     @contextlib.asynccontextmanager
     async def _opened(
         self, caller: Caller, request: Request, context: rpc.Context
-    ) -> AsyncIterator[AsyncIterator[Token]]:
+    ) -> AsyncIterator[tuple[Account, AsyncIterator[Token]]]:
         async with (
-            self.generator.opened(request, rpc.metadata_of(context)) as generated,
-            contextlib.aclosing(self.gatekeeper.metered(caller, [request], generated)) as tokens,
+            self.gatekeeper.admitted(caller, [request]) as account,
+            self.generator.opened(request, rpc.metadata_of(context)) as tokens,
         ):
-            yield tokens
+            yield account, tokens
 
     async def _caller(self, context: rpc.Context) -> Caller:
         """Raises Unauthenticated."""
