@@ -275,6 +275,34 @@ async def test_partial_sums_of_all_shards_are_the_whole(model: Model) -> None:
         ffn.close()
 
 
+async def test_frame_that_is_sent_while_the_layout_changes_is_sent_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_shard(model) as old, running_shard(model) as new:
+        frames, frame = old.frames(), old.frame()
+        pairs = [
+            ReplicaPair(name, 0, 1, *await asyncio.to_thread(connect_pair, s.address, s.hello(), frames, "shm", SPIN_S))
+            for name, s in (("old", old), ("new", new))
+        ]
+        ffn = RemoteFFN(frames, CPU, timeout_s=5.0, spin_s=SPIN_S)
+        ffn.table = RoutingTable(1, ((pairs[0],),))
+        old.servicer.batcher.oldest_epoch = 2
+        write = frames.write
+
+        def write_meanwhile(sent: Frame) -> None:
+            ffn.table = RoutingTable(2, ((pairs[1],),))
+            write(sent)
+
+        monkeypatch.setattr(frames, "write", write_meanwhile)
+        batch = Batch(0, frame.num_tokens)
+        await asyncio.to_thread(ffn.send, batch, frame.layer_idx, frame.ffn_input, frame.routing)
+        total = await asyncio.to_thread(ffn.receive, batch)
+        assert torch.equal(total, new.expected(frame))
+        assert ffn.num_resent == {(0, "stale"): 1}
+        for pair in pairs:
+            pair.transport.close()
+
+
 async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Model) -> None:
     async with running_shard(model) as shard:
         batcher = Batcher(shard.servicer.batcher.shard, MAX_FRAME_TOKENS, spin_s=SPIN_S, device=CPU)

@@ -124,15 +124,12 @@ class RemoteFFN:
         if not table.shards:
             raise PeerUnavailable("the shards of the FFN are not known")
         for shard in range(len(table.shards)):
-            flight.asked.append(_Asked(shard, [self._ask(frame, shard)]))
+            flight.asked.append(_Asked(shard, [self._ask(table, frame, shard)]))
         return flight
 
-    def _ask(self, frame: Frame, shard: int, but: Sequence[Pair] = ()) -> Pair:
+    def _ask(self, table: RoutingTable, frame: Frame, shard: int, but: Sequence[Pair] = ()) -> Pair:
         """Sends a frame to a replica of a shard, the next one if that is lost. Raises PeerUnavailable if there is
-        none, StaleEpoch if the shard is no more."""
-        table = self.table
-        if table.epoch != frame.epoch:
-            raise StaleEpoch(f"the shards were laid out anew, in epoch {table.epoch}")
+        none."""
         while pair := table.choose(shard, self.rank + frame.slot, but):
             try:
                 pair.send(frame)
@@ -185,8 +182,15 @@ class RemoteFFN:
     def _replace(self, frame: Frame, asked: _Asked, lost: Pair) -> None:
         asked.pairs.remove(lost)
         if not asked.pairs:
-            asked.pairs.append(self._ask(frame, asked.shard))
+            asked.pairs.append(self._ask(self._table_of(frame), frame, asked.shard))
             self.num_resent[asked.shard, "lost"] += 1
+
+    def _table_of(self, frame: Frame) -> RoutingTable:
+        """As it is by now. Raises StaleEpoch if the shards were laid out anew since the frame was sent."""
+        table = self.table
+        if table.epoch != frame.epoch:
+            raise StaleEpoch(f"the shards were laid out anew, in epoch {table.epoch}")
+        return table
 
     def _hurry(self, flight: _Flight, asked: _Asked) -> float:
         """Asks one more replica if those asked are late. Returns after how many seconds they will be."""
@@ -194,9 +198,9 @@ class RemoteFFN:
         limit_s = self._patience_of(asked.shard).limit_s(frame.num_tokens) * len(asked.pairs)
         if flight.waited_s < limit_s:
             return limit_s
-        is_current = self.table.epoch == frame.epoch
-        if self._num_hedges >= 1 and is_current and self.table.choose(asked.shard, 0, asked.pairs):
-            asked.pairs.append(self._ask(frame, asked.shard, asked.pairs))
+        table = self.table
+        if self._num_hedges >= 1 and table.epoch == frame.epoch and table.choose(asked.shard, 0, asked.pairs):
+            asked.pairs.append(self._ask(table, frame, asked.shard, asked.pairs))
             self._num_hedges -= 1
             self.num_resent[asked.shard, "late"] += 1
         return flight.waited_s + limit_s
