@@ -86,10 +86,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Who answers for each shard of a layout."""
+    """Who answers for each shard of a layout, and the pairs that stand for another one."""
 
     epoch: int
     shards: tuple[tuple[Pair, ...], ...]
+    others: tuple[Pair, ...] = ()
 
     @property
     def is_whole(self) -> bool:

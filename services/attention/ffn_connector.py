@@ -137,9 +137,11 @@ class FfnConnector:
     def _route(self) -> None:
         """The table in force from the next frame on. A new layout begins once it is whole, or the old one is not."""
         num_shards = self._layout.num_shards
-        mine = [pair for _, pair in sorted(self._pairs.items()) if pair.num_shards == num_shards]
+        pairs = [pair for _, pair in sorted(self._pairs.items())]
+        mine = [pair for pair in pairs if pair.num_shards == num_shards]
+        others = tuple(pair for pair in pairs if pair.num_shards != num_shards)
         shards = tuple(tuple(pair for pair in mine if pair.shard == shard) for shard in range(num_shards))
-        table, present = RoutingTable(self._layout.epoch, shards), self.ffn.table
+        table, present = RoutingTable(self._layout.epoch, shards, others), self.ffn.table
         is_too_early = table.epoch != present.epoch and present.is_whole and not table.is_whole
         if table != present and not is_too_early:
             self.ffn.table = table

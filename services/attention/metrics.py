@@ -59,14 +59,14 @@ class AttentionCollector(Collector):
 
     def _transports(self) -> Iterator[Metric]:
         labels = ["replica", "shard", "transport"]
-        chosen = GaugeMetricFamily("afd_handoff_transport", "1: frames move so", labels=labels)
+        chosen = GaugeMetricFamily("afd_handoff_transport", "1: the pair's frames move so", labels=labels)
         latency = GaugeMetricFamily("afd_handoff_probe_latency_seconds", "round trip of one token", labels=labels)
         bandwidth = GaugeMetricFamily("afd_handoff_probe_bytes_per_second", "both ways together", labels=labels)
         late = GaugeMetricFamily("afd_ffn_replica_late", "1: an answer is overdue", labels=labels)
         resent = CounterMetricFamily("afd_frames_resent", "sent to another replica", labels=["shard", "reason"])
         ffn = self.engine.decoder.ffn
         if isinstance(ffn, RemoteFFN):
-            for pair in ffn.table.pairs:
+            for pair in (*ffn.table.pairs, *ffn.table.others):
                 values = [pair.replica_id, str(pair.shard), pair.rung.transport]
                 chosen.add_metric(values, 1)
                 latency.add_metric(values, pair.rung.latency_s)
