@@ -1,4 +1,4 @@
-"""The command line: `afd up`, `generate`, `chat`, `bench`, `trace`, `doctor`, `certs`, `keys`,
+"""The command line: `afd up`, `scale`, `generate`, `chat`, `bench`, `trace`, `doctor`, `certs`, `keys`,
 `make-checkpoint`."""
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -19,11 +18,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from afd import keys
+from afd import control, keys
 from afd.client import Client, Stream
 from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
-from afd.mesh import MeshOptions, ready_file_of, running_mesh, write_ready_file
+from afd.mesh import Mesh, MeshOptions, ready_file_of, running_mesh, write_ready_file
 from afd.placement import Cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -97,6 +96,7 @@ def up(
     attention: Attention = 1,
     ffn: Ffn = 1,
     ffn_replicas: FfnReplicas = 1,
+    gateways: Annotated[int, typer.Option(min=1, help="gateways; all but the first one on free ports")] = 1,
     microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
@@ -117,6 +117,7 @@ def up(
         attention=attention,
         ffn=ffn,
         ffn_replicas=ffn_replicas,
+        gateways=gateways,
         microbatches=microbatches,
         dtype=dtype.value,
         device=device,
@@ -129,12 +130,23 @@ def up(
         startup_timeout_s=startup_timeout,
     )
     with _until_signalled(), running_mesh(options) as mesh:
-        notes.print(f"ready: gRPC on {mesh.gateway.address}, OpenAI API on {mesh.http_url}/v1", soft_wrap=True)
+        notes.print(f"ready: gRPC on {mesh.target}, OpenAI API on {mesh.http_url}/v1", soft_wrap=True)
         with ready_file_of(mesh, ready_file) if ready_file else contextlib.nullcontext():
-            while True:
-                time.sleep(_WATCH_S)
-                if mesh.watch() and ready_file:
-                    write_ready_file(mesh, ready_file)
+            asyncio.run(_attend(mesh, ready_file))
+
+
+def _note(text: str) -> None:
+    notes.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+async def _attend(mesh: Mesh, ready_file: Path | None) -> None:
+    """Watches over the mesh, and scales it when it is asked to."""
+    async with control.listening(mesh, _note):
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            mesh.watch()
+            if ready_file:
+                write_ready_file(mesh, ready_file)
 
 
 class _Signalled(KeyboardInterrupt):
@@ -155,6 +167,26 @@ def _until_signalled() -> Iterator[None]:
         signal.signal(number, handle)
     with contextlib.suppress(_Signalled):
         yield
+
+
+@app.command()
+def scale(
+    attention: Annotated[int | None, typer.Option(min=1, help="attention replicas")] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, help="FFN shards")] = None,
+    ffn_replicas: Annotated[int | None, typer.Option(min=1, help="replicas of each FFN shard")] = None,
+    gateways: Annotated[int | None, typer.Option(min=1, help="gateways; the first one stays")] = None,
+    target: Target = "127.0.0.1:50051",
+) -> None:
+    """Changes how many replicas and shards a mesh of `afd up` on this machine has, while its requests go on.
+
+    What is new comes up first, one process after the other; then what is no longer wanted drains and ends. If anything
+    does not come up all stays as it was. Once it has begun it goes on, also when this command is interrupted.
+    """
+    given = {"attention": attention, "ffn": ffn, "ffn_replicas": ffn_replicas, "gateways": gateways}
+    wanted = {name: count for name, count in given.items() if count is not None}
+    if not wanted:
+        raise typer.BadParameter("say what shall change: --attention, --ffn, --ffn-replicas or --gateways")
+    console.print(asyncio.run(control.ask(target, wanted, _note)), highlight=False)
 
 
 @app.command()

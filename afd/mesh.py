@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -12,10 +13,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from afd.config import PUBLIC, refuse_unknown_variables
 from afd.errors import ConfigError
@@ -28,15 +29,22 @@ from afd.state.registry import Registry, Replica, Role
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.05
-_STOP_TIMEOUT_S = 40.0
+POLL_S = 0.05
+STOP_TIMEOUT_S = 40.0
 _RESTART_PAUSE_S = 1.0
-_STOP_ORDER: tuple[Role, ...] = ("gateway", "attention", "ffn")  # nobody loses the service behind it
+STOP_ORDER: tuple[Role, ...] = ("gateway", "attention", "ffn")  # nobody loses the service behind it
+
+
+class Seat(NamedTuple):
+    """What a process is there for: its role, and for an FFN replica its shard (i, M)."""
+
+    role: Role
+    shard: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """What to start. `ffn` 0 is collocated: the FFN runs inside the attention process."""
+    """What is to run. `ffn` 0 is collocated: the FFN runs inside the attention process."""
 
     model: Path
     attention: int = 1
@@ -54,6 +62,16 @@ class MeshOptions:
     threads: int | None = None
     startup_timeout_s: float = 120.0
     settings: dict[str, str] = field(default_factory=dict)  # further AFD_* settings, without the prefix
+
+    @property
+    def seats(self) -> list[Seat]:
+        """A seat for every process, in the order of their start."""
+        shards = [(shard, self.ffn) for shard in range(self.ffn)] * self.ffn_replicas
+        return [
+            *(Seat("ffn", shard) for shard in shards),
+            *[Seat("attention")] * self.attention,
+            *[Seat("gateway")] * self.gateways,
+        ]
 
     @property
     def num_microbatches(self) -> str:
@@ -83,29 +101,35 @@ class MeshOptions:
             raise ConfigError(f"AFD_CPUS={os.environ.get('AFD_CPUS')}: {error}") from None
 
 
-@dataclass
+@dataclass(eq=False)
 class Service:
     """One process of the mesh, and how the registry knows it."""
 
     role: Role
     index: int
     settings: dict[str, Any]
+    shard: tuple[int, int] | None = None
+    placement: dict[str, Any] = field(default_factory=dict)  # settings of cores, where `settings` does not say
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     replica: Replica | None = None
+
+    @property
+    def seat(self) -> Seat:
+        return Seat(self.role, self.shard)
 
     @property
     def replica_id(self) -> str:
         return f"{self.role}-{self.index}"
 
     def start(self) -> None:
-        settings = {**self.settings, "replica_id": self.replica_id}
+        settings = {**self.placement, **self.settings, "replica_id": self.replica_id}
         variables = {f"AFD_{name.upper()}": str(value) for name, value in settings.items()}
         environment = {**self.environment, **os.environ, **variables}
         self.process = start_child([sys.executable, "-m", f"services.{self.role}"], environment)
 
     def keep_ports(self) -> None:
-        """After a restart it is where it was."""
+        """From its next start on it is where it is now."""
         assert self.replica is not None
         addresses = {
             "grpc_port": self.replica.address,
@@ -121,6 +145,17 @@ class Service:
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    def refuse_end(self) -> None:
+        """Raises ConfigError if it has ended."""
+        if not self.alive:
+            status = self.process.returncode if self.process else None
+            raise ConfigError(f"{self.replica_id} ended with status {status} before it was ready")
+
+    def terminate(self) -> None:
+        """Tells it to drain and end."""
+        if self.alive and self.process:
+            self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float) -> None:
         """Waits for the end of a service that was told to stop; kills it when the time is over."""
@@ -149,46 +184,61 @@ class Service:
 
 
 class Mesh:
-    """The running services. `gateway`, `http` and `services` tell where they are."""
+    """The running services. `gateway`, `http_url` and `services` tell where they are."""
 
     def __init__(self, options: MeshOptions, redis_url: str, embedded: EmbeddedRedis | None = None) -> None:
         self.options = options
         self.redis_url = redis_url
         self.embedded = embedded
         self.name = os.environ.get("AFD_MESH") or f"up-{uuid.uuid4().hex[:8]}"  # others may share the Redis
+        self.services: list[Service] = []
+        self.passing: list[Service] = []  # they come up, or drain: nobody starts them again
+        for seat in options.seats:
+            self.services.append(self.new_service(seat))
+        self.arrange(self.services, options)
+
+    def new_service(self, seat: Seat) -> Service:
+        """Not started yet, and none of `services`."""
+        taken = {service.index for service in [*self.services, *self.passing] if service.role == seat.role}
+        index = next(index for index in itertools.count() if index not in taken)
+        service = Service(seat.role, index, self._settings(seat), seat.shard)
+        if service.replica_id == "gateway-0":
+            service.settings |= {"grpc_port": self.options.grpc_port, "http_port": self.options.http_port}
+        if seat.role != "gateway" and self.options.takes_turns and self.options.ffn:
+            service.environment["OMP_WAIT_POLICY"] = "passive"  # torch's threads must not hold the others' cores
+        return service
+
+    def _settings(self, seat: Seat) -> dict[str, Any]:
+        options = self.options
         common = {
             "mesh": self.name,
             "model": options.model,
-            "redis": redis_url,
+            "redis": self.redis_url,
             "startup_timeout_s": options.startup_timeout_s,
             "grpc_port": 0,
             "metrics_port": 0,
             **options.settings,
         }
-        compute = {**common, "dtype": options.dtype, "device": options.device}
-        attention = {**compute, "ffn_shards": options.ffn, "microbatches": options.num_microbatches}
-        self.services = [
-            *(
-                Service("ffn", index, {**compute, "shard": f"{index % options.ffn}/{options.ffn}"})
-                for index in range(options.ffn * options.ffn_replicas)
-            ),
-            *(Service("attention", index, {**attention}) for index in range(options.attention)),
-            *(Service("gateway", index, {**common, "http_port": 0}) for index in range(1, options.gateways)),
-            Service("gateway", 0, {**common, "grpc_port": options.grpc_port, "http_port": options.http_port}),
-        ]
-        for service in self.services:
-            service.settings |= options.tls_settings(service.role)
-        self._place(options.placement())
+        compute = {"dtype": options.dtype, "device": options.device}
+        own: dict[Role, dict[str, Any]] = {
+            "ffn": {**compute, "shard": seat.shard and f"{seat.shard[0]}/{seat.shard[1]}"},
+            "attention": {**compute, "microbatches": options.num_microbatches},
+            "gateway": {"http_port": 0},
+        }
+        return common | own[seat.role] | options.tls_settings(seat.role)
 
-    def _place(self, placement: Placement | None) -> None:
-        for service in (service for service in self.services if service.role != "gateway"):
+    @staticmethod
+    def arrange(services: Sequence[Service], options: MeshOptions) -> None:
+        """Gives them what depends on the counts, from their next start on. Raises ConfigError as `placement`."""
+        placement = options.placement()
+        parts = {"ffn": iter(placement.ffn), "attention": iter(placement.attention)} if placement else {}
+        for service in (service for service in services if service.role != "gateway"):
+            if service.role == "attention":
+                service.settings["ffn_shards"] = options.ffn
             if placement is None:
-                service.settings["threads"] = self.options.threads or 1
+                service.placement = {"threads": options.threads}
             else:
-                parts = placement.ffn if service.role == "ffn" else placement.attention
-                service.settings = placement.settings(parts[service.index]) | service.settings
-            if self.options.takes_turns and self.options.ffn:
-                service.environment["OMP_WAIT_POLICY"] = "passive"  # torch's threads must not hold the others' cores
+                service.placement = placement.settings(next(parts[service.role]))
 
     @property
     def _redis_ca(self) -> Path | None:
@@ -196,31 +246,44 @@ class Mesh:
         return Path(ca) if ca else None
 
     @property
+    def _gateways(self) -> list[Service]:
+        return [service for service in self.services if service.role == "gateway"]
+
+    @property
     def http_url(self) -> str:
-        is_tls = "public_tls" in self.services[-1].settings or "AFD_PUBLIC_TLS" in os.environ
+        is_tls = "public_tls" in self._gateways[0].settings or "AFD_PUBLIC_TLS" in os.environ
         return f"{'https' if is_tls else 'http'}://{self.gateway.http_address}"
 
     @property
     def target(self) -> str:
         """All gateways, as clients take them."""
-        return ",".join(s.replica.address for s in reversed(self.services) if s.role == "gateway" and s.replica)
+        return ",".join(service.replica.address for service in self._gateways if service.replica)
 
     @property
     def gateway(self) -> Replica:
-        replica = self.services[-1].replica
+        replica = self._gateways[0].replica
         assert replica is not None
         return replica
 
+    @contextlib.asynccontextmanager
+    async def registry(self) -> AsyncIterator[Registry]:
+        """For looking, not for taking part."""
+        async with connect(self.redis_url, self._redis_ca) as redis:
+            yield Registry(redis, lease_s=1.0, mesh=self.name)
+
     def start(self) -> None:
         """Returns when every service is ready. Raises ConfigError if one ends, or takes too long."""
+
+        async def wait() -> None:
+            async with self.registry() as registry:
+                await self.until_ready(self.services, registry)
+
         for service in self.services:
             service.start()
-        asyncio.run(self._wait_until_ready())
-        for service in self.services:
-            service.keep_ports()
+        asyncio.run(wait())
 
-    def watch(self) -> bool:
-        """Starts again what has ended by itself, on the same ports; whether there was anything."""
+    def watch(self) -> None:
+        """Starts again what has ended by itself, on the same ports."""
         ended = [service for service in self.services if not service.alive]
         if self.embedded and not self.embedded.alive:
             log.warning("the embedded Redis has ended; it is started again")
@@ -230,17 +293,15 @@ class Mesh:
         for service in ended:
             log.warning("%s has ended; it is started again", service.replica_id)
             service.start()
-        return bool(ended)
 
     def stop(self) -> None:
         """Drains and ends every process: gateway first, FFN last."""
-        for role in _STOP_ORDER:
-            ending = [service for service in self.services if service.role == role]
+        for role in STOP_ORDER:
+            ending = [service for service in [*self.services, *self.passing] if service.role == role]
             for service in ending:
-                if service.alive and service.process:
-                    service.process.send_signal(signal.SIGTERM)
+                service.terminate()
             for service in ending:
-                service.wait(_STOP_TIMEOUT_S)
+                service.wait(STOP_TIMEOUT_S)
 
     def ready_file(self) -> dict[str, Any]:
         return {
@@ -250,34 +311,34 @@ class Mesh:
             "processes": [service.describe() for service in self.services],
         }
 
-    async def _wait_until_ready(self) -> None:
+    async def until_ready(self, services: Sequence[Service], registry: Registry) -> None:
+        """Raises ConfigError if one of these services ends, or takes too long."""
         deadline = time.monotonic() + self.options.startup_timeout_s
-        async with connect(self.redis_url, self._redis_ca) as redis:
-            registry = Registry(redis, lease_s=1.0, mesh=self.name)
-            while not all(service.replica for service in self.services):
-                for service in self.services:
-                    if not service.alive:
-                        status = service.process.returncode if service.process else None
-                        raise ConfigError(f"{service.replica_id} ended with status {status} before it was ready")
-                if time.monotonic() > deadline:
-                    late = [service.replica_id for service in self.services if service.replica is None]
-                    raise ConfigError(
-                        f"not ready within {self.options.startup_timeout_s:g} s: {', '.join(late)}; "
-                        "--startup-timeout allows more"
-                    )
-                await self._look_up(registry)
-                await asyncio.sleep(_POLL_S)
+        while not all(service.replica for service in services):
+            for service in services:
+                service.refuse_end()
+            if time.monotonic() > deadline:
+                late = [service.replica_id for service in services if service.replica is None]
+                raise ConfigError(
+                    f"not ready within {self.options.startup_timeout_s:g} s: {', '.join(late)}; "
+                    "--startup-timeout allows more"
+                )
+            await _look_up(services, registry)
+            await asyncio.sleep(POLL_S)
+        for service in services:
+            service.keep_ports()
 
-    async def _look_up(self, registry: Registry) -> None:
-        pids = {service.process.pid for service in self.services if service.process}
-        found = {
-            replica.replica_id: replica
-            for role in _STOP_ORDER
-            for replica in await registry.replicas(role)
-            if replica.pid in pids
-        }
-        for service in self.services:
-            service.replica = found.get(service.replica_id)
+
+async def _look_up(services: Sequence[Service], registry: Registry) -> None:
+    pids = {service.process.pid for service in services if service.process}
+    found = {
+        replica.replica_id: replica
+        for role in STOP_ORDER
+        for replica in await registry.replicas(role)
+        if replica.pid in pids
+    }
+    for service in services:
+        service.replica = found.get(service.replica_id)
 
 
 @contextlib.contextmanager
@@ -307,10 +368,11 @@ def ready_file_of(mesh: Mesh, path: Path) -> Iterator[None]:
 
 
 def write_ready_file(mesh: Mesh, path: Path) -> None:
-    """It appears whole."""
-    partial = path.with_name(path.name + ".partial")
+    """It appears whole, and only if there is anything new."""
+    partial, text = path.with_name(path.name + ".partial"), json.dumps(mesh.ready_file(), indent=2) + "\n"
     try:
-        partial.write_text(json.dumps(mesh.ready_file(), indent=2) + "\n")
-        partial.replace(path)
+        if not (path.is_file() and path.read_text() == text):
+            partial.write_text(text)
+            partial.replace(path)
     except OSError as error:
         raise ConfigError(f"the ready file {path} cannot be written: {error.strerror}") from None
