@@ -81,7 +81,8 @@ async def _bring_up(
     mesh.arrange([*kept, *mesh.passing], wanted)
     service.start()
     await mesh.until_ready(mesh.passing, registry)
-    say(f"{_name(service)} is ready, after {time.monotonic() - start_s:.1f} s")
+    assert service.replica is not None
+    say(f"{_name(service)} is ready at {service.replica.address}, after {time.monotonic() - start_s:.1f} s")
 
 
 async def _undo(mesh: Mesh, say: Say) -> None:
@@ -142,6 +143,5 @@ async def _drain(mesh: Mesh, service: Service, say: Say) -> None:
 
 
 def _name(service: Service) -> str:
-    return (
-        f"{service.replica_id} (shard {service.shard[0]}/{service.shard[1]})" if service.shard else service.replica_id
-    )
+    shard = service.settings.get("shard")
+    return f"{service.replica_id} (shard {shard})" if shard else service.replica_id

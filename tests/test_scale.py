@@ -21,7 +21,7 @@ from afd.errors import ConfigError, PeerUnavailable
 from afd.mesh import Mesh, MeshOptions, Seat, Service
 from afd.scale import _differences, scale
 from afd.scrape import scrape
-from afd.state.registry import Registry
+from afd.state.registry import Registry, Replica
 from tests.conftest import Model, StartMesh
 from tests.test_cli import AFD, afd, assert_refused, running_up, still_running
 
@@ -34,25 +34,28 @@ def model(make_model: Callable[[int], Model]) -> Model:
     return make_model(4)
 
 
+async def generate(client: Client, prompt: list[int]) -> list[Token]:
+    return [token async for token in client.generate(prompt, max_tokens=NUM_TOKENS, ignore_eos=True)]
+
+
 @contextlib.asynccontextmanager
 async def streams(mesh: Mesh, model: Model) -> AsyncIterator[None]:
-    """Requests one after the other while the block runs, each held against the oracle at the end."""
+    """Requests, two at a time, while the block runs; each is held against the oracle at the end."""
     enough = asyncio.Event()
 
-    async def ask(client: Client, prompt: list[int]) -> list[list[Token]]:
-        answers = []
-        while not enough.is_set():
-            answers.append([token async for token in client.generate(prompt, max_tokens=NUM_TOKENS, ignore_eos=True)])
-            await asyncio.sleep(0.5)  # the processes that start want the cores, too
-        return answers
+    async def ask() -> list[list[list[Token]]]:
+        rounds = []
+        async with Client(mesh.gateway.address) as client:
+            while not enough.is_set():
+                rounds.append(await asyncio.gather(*(generate(client, prompt) for prompt in PROMPTS)))
+                await asyncio.sleep(0.4)  # the processes that start want the cores, too
+        return rounds
 
-    async with Client(mesh.gateway.address) as client:
-        asking = asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS))
-        yield
-        enough.set()
-        all_answers = await asking
-    for prompt, answers in zip(PROMPTS, all_answers, strict=True):
-        for tokens in answers:
+    asking = asyncio.create_task(ask())
+    yield
+    enough.set()
+    for answers in await asking:
+        for prompt, tokens in zip(PROMPTS, answers, strict=True):
             assert [token.index for token in tokens] == list(range(NUM_TOKENS))
             model.check_greedy(prompt, [token.id for token in tokens], [token.logprob for token in tokens])
 
@@ -62,6 +65,11 @@ def num_pairs(mesh: Mesh) -> list[int]:
     found = [service.replica for service in mesh.services if service.role == "attention" and service.replica]
     samples = [scrape(str(replica.metrics_address)) for replica in found]
     return [sum(name.startswith("afd_handoff_transport") for name in each) for each in samples]
+
+
+def names(steps: list[str]) -> str:
+    """Of what each step was about."""
+    return " ".join(text.split()[0] for text in steps)
 
 
 async def scale_to(mesh: Mesh, attention: int, ffn: int, ffn_replicas: int) -> list[str]:
@@ -81,16 +89,35 @@ async def scale_to(mesh: Mesh, attention: int, ffn: int, ffn_replicas: int) -> l
     return steps
 
 
-def test_requests_go_on_while_the_mesh_is_scaled(model: Model, start_mesh: StartMesh) -> None:
+@contextlib.contextmanager
+def no_layout_is_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    async def no_answer(self: Registry, num_shards: int) -> None:
+        raise PeerUnavailable("Redis does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_layout", no_answer)
+        patch.setattr("afd.scale._SWITCH_PATIENCE_S", 0.1)
+        yield
+
+
+def test_requests_go_on_while_the_mesh_is_scaled(
+    model: Model, start_mesh: StartMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def run(mesh: Mesh) -> None:
         async with streams(mesh, model):
             await scale_to(mesh, attention=3, ffn=1, ffn_replicas=2)
             await scale_to(mesh, attention=2, ffn=1, ffn_replicas=1)
-            steps = await scale_to(mesh, attention=2, ffn=3, ffn_replicas=1)
-            assert "the layout is 3 FFN shards, in epoch 2; pairs: [4, 4]" in steps
-            await scale_to(mesh, attention=1, ffn=2, ffn_replicas=1)
+            with (
+                no_layout_is_taken(monkeypatch),
+                pytest.raises(PeerUnavailable, match="the old FFN replicas run on beside the new ones: scale again"),
+            ):
+                await scale_to(mesh, attention=2, ffn=3, ffn_replicas=1)
+            assert names(await scale_to(mesh, attention=2, ffn=3, ffn_replicas=1)) == "attention the ffn-0"
+            steps = await scale_to(mesh, attention=1, ffn=2, ffn_replicas=1)
+            assert names(steps) == "attention ffn-0 ffn-4 the attention-1 ffn-3 ffn-2 ffn-1"
+            assert "the layout is 2 FFN shards, in epoch 3; pairs: [5, 5]" in steps
 
-    with start_mesh(model.path, 1, 1, drain_timeout_s=0.5) as mesh:
+    with start_mesh(model.path, 1, 1, handoff="shm", drain_timeout_s=0.5) as mesh:
         asyncio.run(run(mesh))
         (lost,) = (service for service in mesh.services if service.shard == (1, 2))
         assert lost.process is not None
@@ -119,30 +146,9 @@ def test_mesh_is_as_before_when_a_process_does_not_come_up(model: Model, start_m
         async with streams(mesh, model), mesh.registry() as registry:
             assert [replica.replica_id for replica in await registry.replicas("ffn")] == ["ffn-0"]
 
-    with start_mesh(weights.parent, 1, 1) as mesh:
+    with start_mesh(weights.parent, 1, 1, handoff="shm") as mesh:
         asyncio.run(run(mesh))
-    assert [text.split()[0] for text in steps] == ["attention", "ffn-1", "ffn-2", "ffn-1"]
-
-
-def test_switch_that_redis_did_not_take_is_made_up_for(
-    model: Model, start_mesh: StartMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_answer(self: Registry, num_shards: int) -> None:
-        raise PeerUnavailable("Redis does not answer")
-
-    async def run(mesh: Mesh) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(Registry, "set_layout", no_answer)
-            patch.setattr("afd.scale._SWITCH_PATIENCE_S", 0.1)
-            with pytest.raises(PeerUnavailable, match="the old FFN replicas run on beside the new ones"):
-                await scale_to(mesh, attention=1, ffn=2, ffn_replicas=1)
-        async with streams(mesh, model):
-            assert [service.shard for service in mesh.services if service.shard] == [(0, 1), (0, 2), (1, 2)]
-            steps = await scale_to(mesh, attention=1, ffn=2, ffn_replicas=1)
-        assert [text.split()[0] for text in steps] == ["attention", "the", "ffn-0"]
-
-    with start_mesh(model.path, 1, 1) as mesh:
-        asyncio.run(run(mesh))
+    assert names(steps) == "attention ffn-1 ffn-2 ffn-1"
 
 
 @contextlib.contextmanager
@@ -159,13 +165,14 @@ def test_scale_tells_what_it_does_and_refuses_what_cannot_be(model: Model, tmp_p
     file = tmp_path / "ready.json"
     with running_up(model.path, file, "--ffn", 0, "--gateways", 2) as (_, ready):
         target = ("--target", ready["grpc"])
+        assert control._socket_path(ready["grpc"].partition(",")[0]).stat().st_mode & 0o777 == 0o600
         assert_refused(afd("scale", *target, "--ffn", 2), "inside its attention replicas (--ffn 0)")
         assert_refused(afd("scale", *target, "--ffn-replicas", 2), "inside its attention replicas (--ffn 0)")
         with scaling(*target, "--attention", 2, "--gateways", 1) as process:
             assert_refused(afd("scale", *target, "--attention", 1), "this mesh is being scaled; ask again when")
             out, steps = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "attention 2, ffn 0x1, gateways 1\n")
-        assert [line.split()[0] for line in steps.splitlines()] == ["attention-1", "gateway-1"]
+        assert names(steps.splitlines()) == "attention-1 gateway-1"
         now = json.loads(file.read_text())
         assert sorted(entry["role"] for entry in now["processes"]) == ["attention", "attention", "gateway"]
         assert now["grpc"] == ready["grpc"].partition(",")[0]
@@ -195,13 +202,33 @@ def test_scale_that_was_interrupted_goes_on(model: Model, tmp_path: Path) -> Non
         assert result.stderr == "attention 2, ffn 0x1, gateways 1 -> attention 2, ffn 0x1, gateways 1\n"
 
 
-async def test_up_that_is_frozen_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "up.sock"
-    monkeypatch.setattr(control, "_socket_path", lambda gateway: path)
-    monkeypatch.setattr(control, "_PATIENCE_S", 0.1)
-    async with await asyncio.start_unix_server(lambda reader, writer: None, path):
-        with pytest.raises(ConfigError, match=r"has not given a sign of life for 0\.1 s"):
+@pytest.fixture
+def short_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of the socket."""
+    monkeypatch.setattr(control, "_socket_path", lambda gateway: tmp_path / "up.sock")
+    monkeypatch.setattr(control, "_SIGN_OF_LIFE_S", 0.05)
+    monkeypatch.setattr(control, "_PATIENCE_S", 0.5)
+    return tmp_path / "up.sock"
+
+
+async def test_up_that_is_frozen_is_a_sentence(short_patience: Path) -> None:
+    async with await asyncio.start_unix_server(lambda reader, writer: None, short_patience):
+        with pytest.raises(ConfigError, match=r"has not given a sign of life for 0\.5 s"):
             await control.ask("here", {"attention": 2}, print)
+
+
+@pytest.mark.usefixtures("short_patience")
+async def test_what_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow_scale(mesh: Mesh, wanted: MeshOptions, say: Callable[[str], None]) -> None:
+        await asyncio.sleep(1)
+        say(f"attention {wanted.attention}")
+
+    monkeypatch.setattr(control, "scale", slow_scale)
+    monkeypatch.setattr(Mesh, "gateway", Replica("gateway", "gateway-0", "here", "", 0))
+    heard: list[str] = []
+    async with control.listening(Mesh(MeshOptions(Path("model")), "redis://"), heard.append):
+        await control.ask("here", {"attention": 2}, heard.append)
+    assert heard == ["attention 2"] * 2
 
 
 @pytest.mark.parametrize(
@@ -247,3 +274,9 @@ def test_new_processes_share_the_cores_by_the_new_counts(monkeypatch: pytest.Mon
     assert halves == {
         f"{role}-{i}": cpus for role in ("attention", "ffn") for i, cpus in enumerate(("0,1,2,3", "4,5,6,7"))
     }
+
+
+def test_attention_replica_that_is_started_again_is_told_the_shards_there_are() -> None:
+    mesh = Mesh(MeshOptions(Path("model")), "redis://")
+    mesh.arrange(mesh.services, dataclasses.replace(mesh.options, ffn=3))
+    assert [service.settings.get("ffn_shards") for service in mesh.services] == [None, 3, None]
