@@ -197,13 +197,22 @@ class Mesh:
 
     @property
     def http_url(self) -> str:
+        return self.http_urls[0]
+
+    @property
+    def http_urls(self) -> list[str]:
+        """All gateways'."""
         is_tls = "public_tls" in self.services[-1].settings or "AFD_PUBLIC_TLS" in os.environ
-        return f"{'https' if is_tls else 'http'}://{self.gateway.http_address}"
+        return [f"{'https' if is_tls else 'http'}://{gateway.http_address}" for gateway in self._gateways]
 
     @property
     def target(self) -> str:
         """All gateways, as clients take them."""
-        return ",".join(s.replica.address for s in reversed(self.services) if s.role == "gateway" and s.replica)
+        return ",".join(gateway.address for gateway in self._gateways)
+
+    @property
+    def _gateways(self) -> list[Replica]:
+        return [s.replica for s in reversed(self.services) if s.role == "gateway" and s.replica]
 
     @property
     def gateway(self) -> Replica:
