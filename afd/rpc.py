@@ -93,6 +93,13 @@ async def abort(context: Context, error: AfdError) -> None:
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), metadata)
 
 
+async def read(call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
+    """The next message of a stream; None at its end. The iterator that a call has refers to it as it does to that: a
+    stream that was left would keep its memory, and its connection, until the garbage collector comes by."""
+    message = await call.read()
+    return None if message is grpc.aio.EOF else message
+
+
 def connect_peer(address: str, role: str) -> grpc.Channel:
     """A channel to a service of the mesh: by this process's certificate, as it is now, and to nobody but that role."""
     certificate = tls.own()
