@@ -170,15 +170,17 @@ class HttpAsker:
             async with self._http.stream("POST", url, json=body, headers=headers) as response:
                 if response.status_code != 200:
                     raise _error(json.loads(await response.aread()))
-                event_id = ""
+                event_id, is_whole = "", False
                 async for line in response.aiter_lines():
                     name, _, value = line.partition(": ")
                     if name == "id":
                         event_id = value
                     elif value == "[DONE]":
-                        return
+                        is_whole = True
                     elif name == "data":
                         yield _event(event_id, json.loads(value))
+                if is_whole:
+                    return
         except httpx2.TransportError as error:
             raise PeerUnavailable(f"the connection broke: {error!r}") from None
         raise PeerUnavailable("the stream has no end")
