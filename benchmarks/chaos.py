@@ -370,8 +370,7 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
             sums.add_row(name, f"{value:g}")
     yield sums
     for number in (*outcome.lost, *outcome.wrong)[:10]:
-        error = outcome.answers[number].error
-        yield f"request {number}: {repr(error) if error else 'other tokens than undisturbed'}"
+        yield f"request {number}: {outcome.answers[number].error or 'other tokens than undisturbed'}"
 
 
 def _counts_of(outcome: Outcome, api: Api) -> dict[str, int]:

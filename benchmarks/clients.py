@@ -56,7 +56,7 @@ class Answer:
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # ids, by choice and index
     num_twice: int = 0
     num_resumed: int = 0  # over HTTP; the SDK does so by itself
-    error: AfdError | TimeoutError | None = None
+    error: str = ""  # its kind and sentence; itself it would keep what it has seen, connections for instance
     stalls_s: list[tuple[float, float]] = field(default_factory=list)  # when it ended, and how long it was
     _last_s: dict[int, float] = field(default_factory=dict)
 
@@ -89,7 +89,7 @@ async def ask(asker: Asker, question: Question) -> Answer:
         except (AfdError, TimeoutError) as error:
             was_refused = isinstance(error, PeerUnavailable) and not answer.tokens
             if not was_refused or time.monotonic() > deadline:
-                answer.error = error
+                answer.error = f"{type(error).__name__}: {error}"
                 return answer
         asker.turn_to_next()
         await asyncio.sleep(_PAUSE_S)
