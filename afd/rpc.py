@@ -149,16 +149,27 @@ def metadata_of(context: Context) -> dict[str, str]:
 
 @asynccontextmanager
 async def aborting(context: Context) -> AsyncIterator[None]:
-    """Errors raised inside end the call with their status; an unforeseen one is logged and says no more than that."""
+    """Errors raised inside end the call with their status; an unforeseen one is logged and says no more than that.
+
+    Behind the block the method returns: gRPC raises once more what it has raised here, and keeps it.
+    """
     try:
         yield
     except AfdError as error:
-        await abort(context, error)
+        await _end(context, error)
     except (grpc.aio.AbortError, grpc.RpcError):
         raise
     except Exception:
         log.exception("a call failed")
-        await abort(context, InternalError("internal error; the service's log has it"))
+        await _end(context, InternalError("internal error; the service's log has it"))
+
+
+async def _end(context: Context, error: AfdError) -> None:
+    """Aborts the call without going through the method's frames, which would be kept, and the whole request by them."""
+    try:
+        await abort(context, error)
+    except grpc.aio.AbortError as aborted:
+        aborted.__traceback__ = aborted.__context__ = None
 
 
 class _RefuseUndecodable(grpc.aio.ServerInterceptor):
