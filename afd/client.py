@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 
 from afd.errors import AfdError, InternalError, InvalidRequest, NotFound, PeerUnavailable
-from afd.rpc import CHANNEL_OPTIONS, to_error
+from afd.rpc import CHANNEL_OPTIONS, read, to_error
 from afd.tls import client_credentials
 from afd.urgency import Urgency
 from afd.v1 import gateway_pb2 as pb
@@ -121,14 +121,15 @@ class Stream:
         """Raises the error of `afd.errors` that ended the request."""
         while True:
             try:
-                async for response in self._call:
+                while (response := await read(self._call)) is not None:
                     if response.WhichOneof("event") == "token":
                         return self._shown(_token(response.token))
                     self._is_begun = True
                     self.num_prompt_tokens = response.started.num_prompt_tokens
                 raise StopAsyncIteration
             except grpc.aio.AioRpcError as error:
-                await self._resume(to_error(error))
+                if not await self._resume(to_error(error)):
+                    raise to_error(error) from None  # a variable would keep it, and it the call and its connection
 
     def _shown(self, token: Token) -> Token:
         self._lost_at = None
@@ -136,21 +137,22 @@ class Stream:
         self._next_index[token.choice] = token.index + 1
         return token
 
-    async def _resume(self, reason: AfdError) -> None:
-        """Asks the next gateway. Raises the reason if the request had not begun, or cannot be resumed, or not for too
-        long already."""
+    async def _resume(self, reason: AfdError) -> bool:
+        """Asks the next gateway. False if the request had not begun, or cannot be resumed, or not for too long
+        already."""
         now = time.monotonic()
         pause_s = 0.0 if self._lost_at is None else _RESUME_PAUSE_S
         is_late = self._lost_at is not None and now + pause_s > self._lost_at + self._client.resume_timeout_s
         is_unknown = isinstance(reason, NotFound) and self._lost_at is not None and not self._next_index
         if is_late or not self._is_begun or not (is_unknown or isinstance(reason, PeerUnavailable)):
-            raise reason from None
+            return False
         self._lost_at = self._lost_at or now
         await asyncio.sleep(pause_s)
         self._client._turn_to_next()
         priority = self._urgency.priority
         resume = pb.ResumeRequest(request_id=self.request_id, next_index=self._next_index, priority=priority)
         self._call = self._client._ask(self._request if is_unknown else resume, self._urgency)
+        return True
 
     async def aclose(self) -> None:
         self._call.cancel()

@@ -246,24 +246,27 @@ class Mesh:
         return Path(ca) if ca else None
 
     @property
-    def _gateways(self) -> list[Service]:
-        return [service for service in self.services if service.role == "gateway"]
+    def _gateways(self) -> list[Replica]:
+        return [one.replica for one in self.services if one.role == "gateway" and one.replica]
 
     @property
     def http_url(self) -> str:
-        is_tls = "public_tls" in self._gateways[0].settings or "AFD_PUBLIC_TLS" in os.environ
-        return f"{'https' if is_tls else 'http'}://{self.gateway.http_address}"
+        return self.http_urls[0]
+
+    @property
+    def http_urls(self) -> list[str]:
+        """All gateways'."""
+        is_tls = self.options.tls is not None or "AFD_PUBLIC_TLS" in os.environ
+        return [f"{'https' if is_tls else 'http'}://{gateway.http_address}" for gateway in self._gateways]
 
     @property
     def target(self) -> str:
         """All gateways, as clients take them."""
-        return ",".join(service.replica.address for service in self._gateways if service.replica)
+        return ",".join(gateway.address for gateway in self._gateways)
 
     @property
     def gateway(self) -> Replica:
-        replica = self._gateways[0].replica
-        assert replica is not None
-        return replica
+        return self._gateways[0]
 
     @contextlib.asynccontextmanager
     async def registry(self) -> AsyncIterator[Registry]:

@@ -93,6 +93,13 @@ async def abort(context: Context, error: AfdError) -> None:
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), metadata)
 
 
+async def read(call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
+    """The next message of a stream; None at its end. The iterator that a call has refers to it as it does to that: a
+    stream that was left would keep its memory, and its connection, until the garbage collector comes by."""
+    message = await call.read()
+    return None if message is grpc.aio.EOF else message
+
+
 def connect_peer(address: str, role: str) -> grpc.Channel:
     """A channel to a service of the mesh: by this process's certificate, as it is now, and to nobody but that role."""
     certificate = tls.own()
@@ -142,16 +149,27 @@ def metadata_of(context: Context) -> dict[str, str]:
 
 @asynccontextmanager
 async def aborting(context: Context) -> AsyncIterator[None]:
-    """Errors raised inside end the call with their status; an unforeseen one is logged and says no more than that."""
+    """Errors raised inside end the call with their status; an unforeseen one is logged and says no more than that.
+
+    Behind the block the method returns: gRPC raises once more what it has raised here, and keeps it.
+    """
     try:
         yield
     except AfdError as error:
-        await abort(context, error)
+        await _end(context, error)
     except (grpc.aio.AbortError, grpc.RpcError):
         raise
     except Exception:
         log.exception("a call failed")
-        await abort(context, InternalError("internal error; the service's log has it"))
+        await _end(context, InternalError("internal error; the service's log has it"))
+
+
+async def _end(context: Context, error: AfdError) -> None:
+    """Aborts the call without going through the method's frames, which would be kept, and the whole request by them."""
+    try:
+        await abort(context, error)
+    except grpc.aio.AbortError as aborted:
+        aborted.__traceback__ = aborted.__context__ = None
 
 
 class _RefuseUndecodable(grpc.aio.ServerInterceptor):

@@ -1,9 +1,9 @@
 """A mesh under load whose parts are killed, frozen, drained, cut off and slowed down at random: does every request end
 with the tokens of an undisturbed run? `python -m benchmarks.chaos --model models/step3-nano --minutes 5 --seed 1`.
 
-Every request and every fault is a function of the seed (when a fault strikes a stream is not). After the faults the
-same requests are asked once more, undisturbed, and compared token by token. Exit status 1 if anything was lost, wrong
-or shown twice, hung or leaked.
+Every request and every fault is a function of the seed (when a fault strikes a stream is not). A third of the requests
+comes over HTTP, as server-sent events. After the faults the same requests are asked once more, undisturbed and over
+gRPC, and compared token by token. Exit status 1 if anything was lost, wrong or shown twice, hung or leaked.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 from rich.console import Console
@@ -30,93 +30,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from afd.bench import counters
-from afd.client import Client, Token
-from afd.errors import AfdError, PeerUnavailable
+from afd.client import Client
+from afd.errors import PeerUnavailable
 from afd.mesh import Mesh, MeshOptions, Service
 from afd.state.embedded import EmbeddedRedis
+from benchmarks.clients import STALL_S, Answer, Api, Asker, GrpcAsker, HttpAsker, Question, ask
 from benchmarks.proxy import Proxy, tcp_proxy
 
-_ADMISSION_TIMEOUT_S = 60.0
-_HANG_S = 120.0  # a stream without a token for so long
 _WATCH_S = 0.1
 _SETTLE_S = 20.0
-_STALL_S = 0.1  # what counts as one in the report
 _NOTICED_S = 2.0  # after so long the mesh knows of a fault
 _LEASE_S = 2.0
 _LEAKS = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
-
-
-# The load.
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request, as the seed has it."""
-
-    prompt: list[int]
-    options: dict[str, Any]
-    leaves_after: int | None  # the client goes away after so many tokens
-
-    @classmethod
-    def of(cls, seed: int, number: int, vocab_size: int) -> Question:
-        chooser = random.Random(f"{seed}-{number}")
-        prompt = [chooser.randrange(2, vocab_size) for _ in range(chooser.choice((1, 8, 40, 150)))]
-        options: dict[str, Any] = {"max_tokens": chooser.randint(20, 250), "ignore_eos": True}
-        if chooser.random() < 0.4:
-            options |= {"temperature": 0.8, "top_p": 0.95, "seed": chooser.randrange(1 << 30)}
-        if chooser.random() < 0.1:
-            options["n"] = 2
-        return cls(prompt, options, chooser.randint(1, 50) if chooser.random() < 0.1 else None)
-
-
-@dataclass
-class Answer:
-    """What a client saw of it."""
-
-    tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # ids, by choice and index
-    num_twice: int = 0
-    error: str = ""
-    stalls_s: list[tuple[float, float]] = field(default_factory=list)  # when it ended, and how long it was
-
-    def take(self, token: Token) -> None:
-        place = token.choice, token.index
-        self.num_twice += place in self.tokens
-        self.tokens[place] = token.id
-
-
-async def ask(client: Client, question: Question) -> Answer:
-    """The whole answer, or as much as the question wants. A refusal at the door is no loss: it is asked again."""
-    deadline = time.monotonic() + _ADMISSION_TIMEOUT_S
-    while True:
-        answer = Answer()
-        try:
-            await _follow(client, question, answer)
-            return answer
-        except PeerUnavailable as error:
-            if answer.tokens or time.monotonic() > deadline:
-                answer.error = f"{type(error).__name__}: {error}"
-                return answer
-            client._turn_to_next()
-            await asyncio.sleep(0.2)
-        except (AfdError, TimeoutError) as error:
-            answer.error = f"{type(error).__name__}: {error}"
-            return answer
-
-
-async def _follow(client: Client, question: Question, answer: Answer) -> None:
-    last: dict[int, float] = {}
-    stream = client.generate(question.prompt, **question.options)
-    try:
-        while (token := await asyncio.wait_for(anext(stream, None), _HANG_S)) is not None:
-            now = time.monotonic()
-            if token.choice in last and now - last[token.choice] > _STALL_S:
-                answer.stalls_s.append((now, now - last[token.choice]))
-            last[token.choice] = now
-            answer.take(token)
-            if len(answer.tokens) == question.leaves_after:
-                return
-    finally:
-        await stream.aclose()
 
 
 # The faults.
@@ -342,18 +267,20 @@ async def run(plan: Plan, arena: Arena, notes: Console) -> Outcome:
     answers: dict[int, Answer] = {}
     mesh, num_asked = arena.mesh, 0
 
-    async def keep_asking(client: Client, until: float, vocab_size: int) -> None:
+    async def keep_asking(askers: dict[Api, Asker], until: float, vocab_size: int) -> None:
         nonlocal num_asked
         while time.monotonic() < until:
             number, num_asked = num_asked, num_asked + 1
-            questions[number] = Question.of(plan.seed, number, vocab_size)
-            answers[number] = await ask(client, questions[number])
+            question = questions[number] = Question.of(random.Random(f"{plan.seed}-{number}"), vocab_size)
+            answers[number] = await ask(askers[question.api], question)
 
-    async with watched(mesh), Client(mesh.target) as client:
-        vocab_size = (await client.get_model()).vocab_size
+    async with watched(mesh), Client(mesh.target) as client, contextlib.AsyncExitStack() as stack:
+        model = await client.get_model()
+        http = await stack.enter_async_context(HttpAsker(mesh.http_urls, model.name))
         began, chooser = time.monotonic(), random.Random(plan.seed)
         until = began + 60 * plan.minutes
-        asking = [asyncio.create_task(keep_asking(client, until, vocab_size)) for _ in range(plan.streams)]
+        askers: dict[Api, Asker] = {"gRPC": GrpcAsker(client), "HTTP": http}
+        asking = [asyncio.create_task(keep_asking(askers, until, model.vocab_size)) for _ in range(plan.streams)]
         if plan.only:
             strikes = strike_one_by_one(arena, chooser, until, plan.only, plan.every_s)
         else:
@@ -395,13 +322,13 @@ async def _until_all_answer(mesh: Mesh) -> None:
 
 
 async def _undisturbed(plan: Plan, client: Client, questions: dict[int, Question]) -> tuple[dict[int, Answer], float]:
-    expected: dict[int, Answer] = {}
+    asker, expected = GrpcAsker(client), dict[int, Answer]()
     left = sorted(questions, reverse=True)
 
     async def keep_asking() -> None:
         while left:
             number = left.pop()
-            expected[number] = await ask(client, Question(questions[number].prompt, questions[number].options, None))
+            expected[number] = await ask(asker, replace(questions[number], leaves_after=None))
 
     began = time.monotonic()
     await asyncio.gather(*(keep_asking() for _ in range(plan.streams)))
@@ -433,6 +360,10 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
         figures = (statistics.median(stalls), _quantile(stalls, 0.99), max(stalls)) if stalls else ()
         faults.add_row(kind, str(number), str(len(stalls)), *(f"{1e3 * figure:.0f}" for figure in figures))
     yield faults
+    clients = Table("clients", "requests", "tokens", "lost", "wrong", "shown twice", title="by the API that they use")
+    for api in get_args(Api):
+        clients.add_row(api, *map(str, _counts_of(outcome, api).values()))
+    yield clients
     sums = Table("", "number", title=f"seed {outcome.plan.seed}, {outcome.plan.minutes:g} minutes")
     for name, value in as_json(outcome).items():
         if isinstance(value, int | float):
@@ -442,13 +373,24 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
         yield f"request {number}: {outcome.answers[number].error or 'other tokens than undisturbed'}"
 
 
+def _counts_of(outcome: Outcome, api: Api) -> dict[str, int]:
+    own = {number: answer for number, answer in outcome.answers.items() if outcome.questions[number].api == api}
+    return {
+        "requests": len(own),
+        "tokens": _num_tokens(own),
+        "lost": len(own.keys() & set(outcome.lost)),
+        "wrong": len(own.keys() & set(outcome.wrong)),
+        "tokens shown twice": sum(answer.num_twice for answer in own.values()),
+    }
+
+
 def _stalls_after(outcome: Outcome, kind: str) -> list[float]:
     """Of the stalls, each belongs to the last fault before its end's beginning."""
     found = []
     times = [(fault.at_s, fault.kind) for fault in outcome.faults]
     for answer in outcome.answers.values():
         for ended, seconds in answer.stalls_s:
-            struck = [(at, one) for at, one in times if at <= ended - seconds + _STALL_S]
+            struck = [(at, one) for at, one in times if at <= ended - seconds + STALL_S]
             if struck and max(struck)[1] == kind:
                 found.append(seconds)
     return found
@@ -466,9 +408,11 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "lost": len(outcome.lost),
         "wrong": len(outcome.wrong),
         "tokens shown twice": outcome.num_twice,
+        "resumed over HTTP": sum(answer.num_resumed for answer in outcome.answers.values()),
         "tokens/s with faults": round(outcome.tokens_per_s[0], 1),
         "tokens/s without": round(outcome.tokens_per_s[1], 1),
         **{f"left: {name}": value for name, value in outcome.leaks.items()},
+        "by API": {api: _counts_of(outcome, api) for api in get_args(Api)},
         "by kind": dict(Counter(fault.kind for fault in outcome.faults)),
     }
 

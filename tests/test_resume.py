@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from afd import Client, SyncClient, Token
@@ -240,3 +242,43 @@ def test_frozen_gateway_that_wakes_up_shows_nothing_more(model: Model, start_mes
         started = time.monotonic()
         asyncio.run(run())
         assert time.monotonic() - started < 60
+
+
+async def test_client_that_is_closed_leaves_no_connection_whatever_became_of_its_streams(mesh: Mesh) -> None:
+    port = int(mesh.gateway.address.rpartition(":")[2])
+
+    def connections() -> int:
+        found = psutil.Process().net_connections("tcp")
+        return sum(bool(one.raddr) and one.raddr.port == port for one in found)
+
+    gc.collect()
+    gc.disable()  # nothing waits for it
+    try:
+        before = connections()
+        async with Client(mesh.gateway.address) as client:
+            left = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True)
+            await anext(left)
+            await left.aclose()
+            with pytest.raises(InvalidRequest):
+                await anext(client.generate(PROMPT, temperature=-1.0))
+            assert connections() > before
+        del left
+        await asyncio.sleep(0.1)
+        assert connections() == before
+    finally:
+        gc.enable()
+
+
+def test_stream_of_events_that_outlasts_the_drain_ends_with_an_event(
+    model: Model, start_mesh: StartMesh, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+    with start_mesh(model.path, 1, 1, drain_timeout_s=0.05) as mesh:
+        stream = post(mesh, body)
+        next(stream)
+        process = mesh.services[-1].process
+        assert process is not None
+        process.send_signal(signal.SIGTERM)
+        *_, (_, last) = stream
+        assert json.loads(last)["error"]["code"] == "unavailable"
+    assert "Traceback" not in capfd.readouterr().err

@@ -85,6 +85,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                     await stop.wait()
                 generator.draining = True
                 await until_none_open(lambda: generator.num_running, settings.drain_timeout_s)
+                generator.give_up()
 
 
 if __name__ == "__main__":

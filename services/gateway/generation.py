@@ -179,6 +179,11 @@ class Generator:
             running.end(Cancelled(f"request {request_id} was cancelled"))
         return running is not None
 
+    def give_up(self) -> None:
+        """Ends what still runs here; its clients can go on with it at another gateway."""
+        for running in self._running.values():
+            running.end(PeerUnavailable("this gateway stops; go on with the request at another one"))
+
     async def reopen(self, request_id: str, next_index: Sequence[int], urgency: Urgency) -> Request:
         """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
         choice. If it still runs here, its stream ends.
@@ -221,6 +226,7 @@ class Generator:
                 yield tokens
         finally:
             del self._running[request.request_id]
+            running.reason = None  # where it was raised, its traceback refers to this again
             running.ended.set()
 
     async def _begin(self, request: Request) -> Request:
@@ -353,7 +359,7 @@ class Generator:
             metadata=(("traceparent", traceparent),) if traceparent else None,
         )
         try:
-            async for response in call:
+            while (response := await rpc.read(call)) is not None:
                 yield transcript.add(_journaled(response))
                 if transcript.is_ended:
                     return

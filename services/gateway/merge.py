@@ -42,7 +42,10 @@ async def merged(
         while num_open:
             item = await items.get()
             if isinstance(item, BaseException):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # its traceback has this frame, which would keep all of the streams with it
             if item is None:
                 num_open -= 1
             else:

@@ -52,19 +52,19 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
         async with rpc.aborting(context):
             is_own = await self.gatekeeper.owns(await self._caller(context), request.request_id)
-        return pb.CancelResponse(found=is_own and self.generator.cancel(request.request_id))
+            return pb.CancelResponse(found=is_own and self.generator.cancel(request.request_id))
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         async with rpc.aborting(context):
             await self._caller(context)
-        config, balancer = self.generator.config, self.generator.balancer
-        return pb.GetModelResponse(
-            name=self.model_name,
-            fingerprint=balancer.fingerprint,
-            vocab_size=config.vocab_size,
-            max_context_tokens=balancer.max_context_tokens,
-            eos_token_ids=config.eos_token_ids,
-        )
+            config, balancer = self.generator.config, self.generator.balancer
+            return pb.GetModelResponse(
+                name=self.model_name,
+                fingerprint=balancer.fingerprint,
+                vocab_size=config.vocab_size,
+                max_context_tokens=balancer.max_context_tokens,
+                eos_token_ids=config.eos_token_ids,
+            )
 
     @contextlib.asynccontextmanager
     async def _opened(

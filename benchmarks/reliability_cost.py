@@ -1,0 +1,75 @@
+"""What surviving losses costs while nothing is lost: the decode throughput of a mesh with journals, records and leases,
+to that of one without: `python -m benchmarks.reliability_cost --model DIR`.
+
+No setting turns safety off: the processes of the mesh without are those of benchmarks.unsafe_service. Both meshes run
+at once and take turns, and ratios are within a round. Exit status 1 if a load keeps less than 97 % of the throughput.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from afd.bench import Load
+from afd.mesh import Mesh, MeshOptions, Service, running_mesh
+from afd.processes import start_child
+from afd.state.embedded import EmbeddedRedis
+from benchmarks.decode import MeasuredMesh
+from benchmarks.rounds import alternate, report
+
+_LEAST_RATIO = 0.97
+_DAY_S = 86400
+
+
+class UnsafeService(Service):
+    def start(self) -> None:
+        settings = {**self.settings, "replica_id": self.replica_id, "lease_s": _DAY_S}
+        variables = {f"AFD_{name.upper()}": str(value) for name, value in settings.items()}
+        environment = {**self.environment, **os.environ, **variables}
+        self.process = start_child([sys.executable, "-m", "benchmarks.unsafe_service", self.role], environment)
+
+
+@contextlib.contextmanager
+def running_unsafe_mesh(options: MeshOptions) -> Iterator[Mesh]:
+    with EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
+        mesh = Mesh(options, redis.url, redis)
+        mesh.services = [UnsafeService(**vars(service)) for service in mesh.services]
+        stack.callback(mesh.stop)
+        mesh.start()
+        yield mesh
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    loads = [Load(streams, arguments.prompt_tokens, arguments.output_tokens) for streams in arguments.streams]
+    # Of both the same transport: the probes of a pair could choose differently.
+    options = MeshOptions(arguments.model, settings={"handoff": "shm", "log_level": "warning"})
+    with running_unsafe_mesh(options) as unsafe, running_mesh(options) as safe:
+        contenders = {"without": MeasuredMesh(unsafe), "with": MeasuredMesh(safe)}
+        rows = alternate(contenders, loads, arguments.rounds, Console(stderr=True))
+    console = Console()
+    console.print(report(f"decoding {arguments.model.name}, with and without journals and leases", rows))
+    kept = {row.load.streams: row.ratio for row in rows if row.contender == "with"}
+    for streams, ratio in kept.items():
+        console.print(f"{streams} streams: {100 * ratio:.1f} % is kept; at least {100 * _LEAST_RATIO:.0f} % is the aim")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([row.as_json() for row in rows], indent=2) + "\n")
+    sys.exit(0 if min(kept.values()) >= _LEAST_RATIO else 1)
+
+
+if __name__ == "__main__":
+    main()
