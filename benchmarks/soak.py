@@ -1,9 +1,10 @@
 """A mesh under a steady load, for long: does anything grow, or stay behind? `python -m benchmarks.soak --minutes 30`.
 
-First a closed loop finds how many requests a second the mesh can take; then requests arrive at random (Poisson), at a
-share of that, over gRPC and HTTP, with and without an API key. Some clients leave or cancel midway, some ask for what
-cannot be. Every few seconds it is noted what each process takes up. Records and journals expire soon here, so that at
-the end nothing may be left of any request. Exit status 1 if something is, if something grew, or if a request failed.
+First a burst makes every pool and heap as large as it will be, and a closed loop finds how many requests a second the
+mesh can take. Then requests arrive at random (Poisson), at a share of that, over gRPC and HTTP, with and without an API
+key. Some clients leave or cancel midway, some ask for what cannot be. Every few seconds it is noted what each process
+takes up. Records and journals expire soon here, so that at the end nothing may be left of any request. Exit status 1 if
+something is, if something grew, or if a request failed.
 
 Memory is what a process has made itself (anonymous and shared pages, swap). Growth compares medians: of the second
 sixth of the time, the first being warm-up, and of the last.
@@ -40,12 +41,14 @@ from afd.state.connection import connect
 from benchmarks.clients import Answer, Api, Asker, GrpcAsker, HttpAsker, Question, ask
 from benchmarks.usage import Sample, keys_of, shm_files
 
-_CAPACITY_S = 30.0
+_WARM_UP_S = 30.0
+_BURST_STREAMS = 128  # more than the load will have open
 _CAPACITY_STREAMS = 32
 _JOURNAL_TTL_S = 15.0
-_REQUEST_TIMEOUT_S = 60.0
+_REQUEST_TIMEOUT_S = 120.0
 _SETTLE_S = 30.0  # beyond what Redis keeps longest
 _REPORT_S = 30.0
+_SHM_S = 10.0  # meshes that come up on this machine have sockets there for a moment
 _MOST_GROWTH = 0.01
 _NO_GROWTH_MB = 0.5  # so little is noise, where there is little: in Redis
 _SPARE_THREADS = 8  # of pools, which start them when they are needed
@@ -134,9 +137,9 @@ class Load:
             await clients.client.cancel(visit.question.options["request_id"])
         return await asking
 
-    async def capacity(self, seconds: float) -> float:
-        """Requests/s of a closed loop."""
-        began = time.monotonic()
+    async def closed_loop(self, num_streams: int, seconds: float) -> float:
+        """Requests/s."""
+        began, num_begun = time.monotonic(), self._num_begun
 
         async def keep_visiting(clients: dict[bool, Clients], vocab_size: int) -> None:
             while time.monotonic() < began + seconds:
@@ -144,8 +147,8 @@ class Load:
 
         async with self.clients() as clients:
             vocab_size = (await clients[False].client.get_model()).vocab_size
-            await asyncio.gather(*(keep_visiting(clients, vocab_size) for _ in range(_CAPACITY_STREAMS)))
-        return self._num_begun / (time.monotonic() - began)
+            await asyncio.gather(*(keep_visiting(clients, vocab_size) for _ in range(num_streams)))
+        return (self._num_begun - num_begun) / (time.monotonic() - began)
 
     async def offer(self, requests_per_s: float, seconds: float) -> None:
         """An open loop: they come whether the earlier ones have ended or not."""
@@ -207,8 +210,9 @@ class Outcome:
 
 async def run(plan: Plan, mesh: Mesh, notes: Console) -> Outcome:
     async with connect(mesh.redis_url) as redis:
-        load = Load(mesh, plan.seed, await ApiKeys(redis).create("soak", Limits(requests_per_minute=1_000_000)))
-        capacity = await load.capacity(_CAPACITY_S)
+        load = Load(mesh, plan.seed, await ApiKeys(redis).create("soak", Limits(10_000, concurrency=1_000)))
+        await load.closed_loop(_BURST_STREAMS, _WARM_UP_S)
+        capacity = await load.closed_loop(_CAPACITY_STREAMS, _WARM_UP_S)
         rate = plan.load * capacity
         notes.print(f"{capacity:.2f} requests/s are the most; {rate:.2f} will come for {plan.minutes:g} minutes")
         await asyncio.sleep(_JOURNAL_TTL_S)
@@ -297,7 +301,10 @@ def soak(plan: Plan) -> Outcome:
     with tempfile.TemporaryFile() as log, logged_to(log) as terminal:
         with running_mesh(plan.options) as mesh:
             outcome = asyncio.run(run(plan, mesh, Console(file=terminal, width=200)))
-        outcome.leftovers += [f"/dev/shm/{name} is left" for name in sorted(shm_files() - files)]
+        left = shm_files() - files
+        if left:
+            time.sleep(_SHM_S)
+        outcome.leftovers += [f"/dev/shm/{name} is left" for name in sorted(left & shm_files())]
         outcome.leftovers += [f"a process is left: {child}" for child in psutil.Process().children(recursive=True)]
         log.seek(0)
         lines = log.read().decode().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ class Sample:
     @classmethod
     async def of(cls, mesh: Mesh, redis: Redis) -> Self:
         assert mesh.embedded is not None
+        gc.collect()  # of this process, which makes the load, it is not looked for what waits for that
         pids = {service.replica_id: service.process.pid for service in mesh.services if service.process}
         pids |= {"redis": mesh.embedded.process.pid, "main": os.getpid()}
         memory = cast(dict[str, int], await redis.info("memory"))
