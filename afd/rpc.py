@@ -15,10 +15,12 @@ from google.protobuf.message import DecodeError
 from afd import tls
 from afd.errors import (
     AfdError,
+    Cancelled,
     ConfigError,
     InternalError,
     InvalidRequest,
     Mismatch,
+    PeerUnavailable,
     PermissionDenied,
     Unauthenticated,
     error_for_grpc_code,
@@ -75,8 +77,11 @@ def to_error(error: grpc.RpcError) -> AfdError:
 
 
 def to_peer_error(error: grpc.RpcError) -> AfdError:
-    """The same for a call within the mesh, where to be refused is nobody's fault but the mesh's."""
+    """The same for a call within the mesh, where to be refused is nobody's fault but the mesh's, and a call that its
+    caller did not cancel was cut off by a peer that stops."""
     found = to_error(error)
+    if isinstance(found, Cancelled):
+        return PeerUnavailable("the peer has cut off the call")
     return Mismatch(str(found)) if isinstance(found, PermissionDenied | Unauthenticated) else found
 
 

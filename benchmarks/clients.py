@@ -22,7 +22,8 @@ _ADMISSION_TIMEOUT_S = 60.0
 _RESUME_TIMEOUT_S = 60.0
 _PAUSE_S = 0.2
 _HANG_S = 120.0  # a gRPC stream without a token for so long
-_HTTP_TIMEOUTS = httpx2.Timeout(5.0, pool=None)  # HTTP has no pings: who is silent for so long is asked elsewhere
+_SILENCE_S = 5.0  # a stream of events is not so for long: comments come in it
+_HTTP_TIMEOUTS = httpx2.Timeout(5.0, read=_ADMISSION_TIMEOUT_S, pool=None)
 _HTTP_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=16)
 
 Api = Literal["gRPC", "HTTP"]
@@ -171,7 +172,7 @@ class HttpAsker:
                 if response.status_code != 200:
                     raise _error(json.loads(await response.aread()))
                 event_id, is_whole = "", False
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     name, _, value = line.partition(": ")
                     if name == "id":
                         event_id = value
@@ -184,6 +185,19 @@ class HttpAsker:
         except httpx2.TransportError as error:
             raise PeerUnavailable(f"the connection broke: {error!r}") from None
         raise PeerUnavailable("the stream has no end")
+
+
+async def _lines(response: httpx2.Response) -> AsyncGenerator[str, None]:
+    lines = response.aiter_lines()
+    try:
+        while True:
+            async with asyncio.timeout(_SILENCE_S):
+                line = await anext(lines, None)
+            if line is None:
+                return
+            yield line
+    except TimeoutError:
+        raise PeerUnavailable(f"nothing came for {_SILENCE_S:g} s") from None
 
 
 def _event(event_id: str, data: dict[str, Any]) -> _Event:

@@ -11,16 +11,17 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import psutil
 import pytest
+from starlette.types import Message
 
 from afd import Client, SyncClient, Token
 from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, PeerUnavailable
 from afd.mesh import Mesh, Service
-from services.gateway import generation
+from services.gateway import generation, openai_api
 from tests.conftest import Model, StartMesh
 
 PROMPT = [5, 6, 7]
@@ -114,6 +115,25 @@ async def test_request_that_was_left_is_resumed_from_any_index(model: Model, mes
         assert again == rest[90:]
         assert [token async for token in client.resume("left")] == first + rest
         assert [token async for token in client.resume("left", NUM_TOKENS)] == []
+
+
+async def test_of_several_who_resume_at_once_one_gets_it_and_nobody_is_told_that_it_runs(
+    model: Model, mesh: Mesh
+) -> None:
+    async def resumed() -> list[Token] | Mismatch:
+        try:
+            return [token async for token in client.resume("wanted", 10)]
+        except Mismatch as error:
+            return error
+
+    async with Client(mesh.gateway.address) as client:
+        stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, request_id="wanted")
+        first = [await anext(stream) for _ in range(10)]
+        await stream.aclose()
+        whole = [rest for rest in await asyncio.gather(*(resumed() for _ in range(6))) if isinstance(rest, list)]
+        assert whole
+        for rest in whole:
+            check(model, first + rest)
 
 
 async def test_sampled_choices_and_their_alternatives_are_the_same_after_a_resumption(mesh: Mesh) -> None:
@@ -268,6 +288,24 @@ async def test_client_that_is_closed_leaves_no_connection_whatever_became_of_its
                 await asyncio.sleep(0.05)
     finally:
         gc.enable()
+
+
+async def test_stream_of_events_says_that_somebody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def events() -> AsyncIterator[str]:
+        yield "data: 1\n\n"
+        await asyncio.sleep(0.3)
+        yield "data: 2\n\n"
+
+    bodies: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            bodies.append(message["body"])
+
+    monkeypatch.setattr(openai_api, "_KEEP_ALIVE_S", 0.05)
+    await openai_api._EventStream(events()).stream_response(send)
+    assert (bodies[0], *bodies[-2:]) == (b"data: 1\n\n", b"data: 2\n\n", b"")
+    assert set(bodies[1:-2]) == {b": still here\n\n"}
 
 
 def test_stream_of_events_that_outlasts_the_drain_ends_with_an_event(

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from afd import rpc
-from afd.errors import InvalidRequest
+from afd.errors import InvalidRequest, PeerUnavailable
 from afd.v1 import attention_pb2 as pb
 from afd.v1 import attention_pb2_grpc
 
@@ -36,6 +36,24 @@ class Refusing(attention_pb2_grpc.AttentionServiceServicer):
             burden = Burden()
             self.burdens.append(weakref.ref(burden))
             raise InvalidRequest("not this")
+
+
+async def test_call_that_a_peer_cuts_off_is_no_cancellation() -> None:
+    class Stopping(attention_pb2_grpc.AttentionServiceServicer):
+        async def GetLoad(self, request: pb.GetLoadRequest, context: rpc.Context) -> pb.GetLoadResponse:
+            await context.abort(grpc.StatusCode.CANCELLED)
+            raise AssertionError
+
+    def add_services(server: grpc.aio.Server) -> None:
+        attention_pb2_grpc.add_AttentionServiceServicer_to_server(Stopping(), server)
+
+    async with (
+        rpc.serving(add_services, (), "127.0.0.1", 0) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await attention_pb2_grpc.AttentionServiceStub(channel).GetLoad(pb.GetLoadRequest())
+        assert isinstance(rpc.to_peer_error(raised.value), PeerUnavailable)
 
 
 async def test_call_that_was_refused_keeps_nothing() -> None:

@@ -168,6 +168,12 @@ class Generator:
             urgency,
         )
 
+    async def _supersede(self, request_id: str) -> None:
+        """Ends the streams that a request has here: of several that want it, the last one gets it."""
+        while running := self._running.get(request_id):
+            running.end(StaleEpoch(f"request {request_id} was resumed in another stream"))
+            await _until_ended(running, request_id)
+
     def _refuse_running(self, request_id: str) -> None:
         if request_id in self._running:
             raise InvalidRequest(f"a request {request_id!r} is already running", "request_id")
@@ -192,9 +198,7 @@ class Generator:
         """
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
-        if running := self._running.get(request_id):
-            running.end(StaleEpoch(f"request {request_id} was resumed in another stream"))
-            await _until_ended(running, request_id)
+        await self._supersede(request_id)
         record = await self.store.record(SequenceKey(request_id))
         if record is None:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
@@ -217,7 +221,10 @@ class Generator:
         Raises InvalidRequest if the id runs already, PeerUnavailable, DeadlineExceeded, Cancelled, or what the
         attention replica refuses.
         """
-        self._refuse_running(request.request_id)
+        if request.resumed_at is None:
+            self._refuse_running(request.request_id)
+        else:
+            await self._supersede(request.request_id)
         running = self._running[request.request_id] = _Running()
         try:
             if request.resumed_at is None:

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from afd import tasks
 from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, Unauthenticated
 from afd.urgency import Urgency
 from services.gateway.auth import Caller, Gatekeeper
@@ -33,6 +34,7 @@ _OPEN_PATHS = ("/health", "/metrics")  # need no API key
 _MAX_PROMPTS = 256
 _NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
+_KEEP_ALIVE_S = 2.0
 _ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -141,7 +143,7 @@ async def _answer(
         return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
     first = await _unless_disconnected(request, anext(parts, None))  # a refusal is still a status, not an event
     events = _events(_chain(first, parts), form, admitted)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _EventStream(events, headers={"Cache-Control": "no-cache"})
 
 
 async def _metered(
@@ -194,6 +196,27 @@ async def _events(
         yield "data: [DONE]\n\n"
     except AfdError as error:
         yield _event(_error_body(error))
+
+
+class _EventStream(StreamingResponse):
+    """Events, and a comment every few seconds, by which a client knows that somebody is there."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(_KEEP_ALIVE_S)
+                await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        keeping = asyncio.create_task(keep_alive())
+        try:
+            async for event in self.body_iterator:
+                await send({"type": "http.response.body", "body": str(event).encode(), "more_body": True})
+        finally:
+            await tasks.end(keeping)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _event(value: dict[str, Any], place: Place | None = None) -> str:
