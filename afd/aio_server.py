@@ -23,8 +23,8 @@ def make_server(interceptors: Interceptors, options: Options) -> grpc.aio.Server
 
 
 class _Calls(cygrpc.AioServer):  # type: ignore[misc]  # it has no stubs
-    """By itself it ends, with all calls, at the first one whose path is not UTF-8. Every method here is registered: a call
-    that does not come by a method's name is for none, and is answered before anybody reads what it is for."""
+    """By itself it ends, with all calls, at the first one whose path is not UTF-8. Every method here is registered: a
+    call that does not come by a method's name is for none, and is answered before anybody reads what it is for."""
 
     async def _request_call(self) -> Any:
         loop, nobody = asyncio.get_running_loop(), cygrpc._MethodResolver([], {})

@@ -95,7 +95,7 @@ def generate_request(**sampling: Any) -> gateway_pb2.GenerateRequest:
         (generate_request(stop=[""]), "stop"),
         (generate_request(stop_token_ids=[10**6]), "stop_token_ids"),
         (generate_request(stop_token_ids=[1] * 2000), "at most 1024"),
-        (generate_request(logit_bias={i: 1.0 for i in range(2000)}), "at most 1024"),
+        (generate_request(logit_bias=dict.fromkeys(range(2000), 1.0)), "at most 1024"),
     ],
 )
 def test_bad_request_is_invalid_argument_with_a_sentence(mesh: Mesh, request_message: Any, words: str) -> None:
@@ -153,7 +153,8 @@ def test_a_path_that_is_no_text_ends_no_server(mesh: Mesh, role: str) -> None:
             connection.sendall(headers_of_a_call(b"/afd.v1.GatewayService/\xff"))
             answer = b""
             while b"grpc-status" not in answer:
-                assert (part := connection.recv(4096)), "the call is answered"
+                part = connection.recv(4096)
+                assert part, "the call is answered"
                 answer += part
         assert len(list(tokens)) == 299, "who is connected notices nothing"
 
