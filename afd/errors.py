@@ -10,7 +10,7 @@ AfdError
 ├── PeerUnavailable     a peer is gone; safe to retry elsewhere     UNAVAILABLE           503
 ├── DeadlineExceeded    the time budget is spent                    DEADLINE_EXCEEDED     504
 ├── Mismatch            two parts that do not belong together       FAILED_PRECONDITION   500
-│   ├── StaleEpoch      the caller no longer owns what it writes
+│   ├── StaleEpoch      the caller no longer owns what it writes    FAILED_PRECONDITION   409
 │   └── TransportUnavailable  a pair cannot move its tensors so
 ├── ConfigError         a setting, file or port that cannot work    (ends the process)
 │   └── CheckpointError a model directory that cannot be served
@@ -103,6 +103,8 @@ class Mismatch(AfdError):
 
 class StaleEpoch(Mismatch):
     """A newer owner has taken over what the caller tried to write."""
+
+    http_status = 409
 
 
 class TransportUnavailable(Mismatch):

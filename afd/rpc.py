@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
 ACCEPTED = "afd-accepted"  # metadata that comes before the first message: the work was taken on
+UNDECODABLE = "the bytes are no message of this method"
 _STOP_GRACE_S = 1.0
 
 _COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -178,12 +179,13 @@ async def _end(context: Context, error: AfdError) -> None:
 
 
 class _RefuseUndecodable(grpc.aio.ServerInterceptor):
-    """Bytes that are no message are the caller's fault: INVALID_ARGUMENT, and no traceback in the log."""
+    """Bytes that are no message are the caller's fault: INVALID_ARGUMENT, and no traceback in the log. A servicer that
+    takes a stream gets None in their place, and refuses them itself."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         ours = handler_call_details.method.startswith("/afd.")
-        if handler is None or handler.request_streaming or not ours:
+        if handler is None or not ours:
             return handler
 
         def decode(data: bytes) -> Any:
@@ -191,6 +193,9 @@ class _RefuseUndecodable(grpc.aio.ServerInterceptor):
                 return handler.request_deserializer(data)
             except DecodeError:
                 return None
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(handler.stream_stream, decode, handler.response_serializer)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             await _refuse_undecodable(request, context)
@@ -208,7 +213,7 @@ class _RefuseUndecodable(grpc.aio.ServerInterceptor):
 
 async def _refuse_undecodable(request: Any, context: Context) -> None:
     if request is None:
-        await abort(context, InvalidRequest("the bytes are no message of this method"))
+        await abort(context, InvalidRequest(UNDECODABLE))
 
 
 @asynccontextmanager
@@ -227,9 +232,11 @@ async def serving(
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
-    interceptors = [*(access.interceptors if access else ()), _RefuseUndecodable()]
+    from afd.aio_server import make_server
+
+    interceptors = (*(access.interceptors if access else ()), _RefuseUndecodable())
     options = {**dict(_SERVER_OPTIONS), **dict(access.options if access else ())}
-    server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
+    server = make_server(interceptors, tuple(options.items()))
     add_services(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

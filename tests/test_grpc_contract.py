@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +94,8 @@ def generate_request(**sampling: Any) -> gateway_pb2.GenerateRequest:
         (generate_request(logit_bias={3: float("nan")}), "logit_bias"),
         (generate_request(stop=[""]), "stop"),
         (generate_request(stop_token_ids=[10**6]), "stop_token_ids"),
+        (generate_request(stop_token_ids=[1] * 2000), "at most 1024"),
+        (generate_request(logit_bias=dict.fromkeys(range(2000), 1.0)), "at most 1024"),
     ],
 )
 def test_bad_request_is_invalid_argument_with_a_sentence(mesh: Mesh, request_message: Any, words: str) -> None:
@@ -128,6 +132,87 @@ def test_bytes_that_are_no_message_do_not_harm_the_service(mesh: Mesh) -> None:
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         assert len(list(stub.Generate(generate_request(max_tokens=3, ignore_eos=True), timeout=10))) == 4
+
+
+def headers_of_a_call(path: bytes) -> bytes:
+    """The first bytes of a client that speaks HTTP/2, up to a call's headers."""
+    fields = (b":path", path), (b":authority", b"x"), (b"content-type", b"application/grpc"), (b"te", b"trailers")
+    literals = b"".join(b"\x00%c%b%c%b" % (len(name), name, len(value), value) for name, value in fields)
+    block = b"\x83\x86" + literals  # POST, http
+    frame = len(block).to_bytes(3, "big") + b"\x01\x05\x00\x00\x00\x01" + block  # HEADERS, and the end of the stream
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5) + frame
+
+
+@pytest.mark.parametrize("role", ["gateway", "attention", "ffn"])
+def test_a_path_that_is_no_text_ends_no_server(mesh: Mesh, role: str) -> None:
+    host, _, port = addresses(mesh)[role].rpartition(":")
+    with SyncClient(mesh.gateway.address) as client:
+        tokens = client.generate([5, 6], max_tokens=300, ignore_eos=True)
+        next(tokens)
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(headers_of_a_call(b"/afd.v1.GatewayService/\xff"))
+            answer = b""
+            while b"grpc-status" not in answer:
+                part = connection.recv(4096)
+                assert part, "the call is answered"
+                answer += part
+        assert len(list(tokens)) == 299, "who is connected notices nothing"
+
+
+def test_method_that_does_not_exist_is_unimplemented(mesh: Mesh) -> None:
+    with grpc.insecure_channel(mesh.gateway.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/afd.v1.GatewayService/Degenerate")(b"", timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def hello_of(mesh: Mesh) -> ffn_pb2.Hello:
+    """What an attention replica that fits would say to the FFN."""
+    with grpc.insecure_channel(addresses(mesh)["ffn"]) as channel:
+        topology = ffn_pb2_grpc.FfnServiceStub(channel).GetTopology(ffn_pb2.GetTopologyRequest(), timeout=5).topology
+    dtype = topology.dtype
+    return ffn_pb2.Hello(topology=topology, frame_dtype=dtype, output_dtype=dtype, num_slots=2, max_tokens=8)
+
+
+def connect_with(mesh: Mesh, *messages: bytes) -> list[ffn_pb2.ConnectResponse]:
+    """All that the FFN answers to a stream of these messages, which stays open until it has answered as many."""
+    answered = threading.Semaphore(0)
+
+    def requests() -> Iterator[bytes]:
+        for message in messages:
+            yield message
+            answered.acquire(timeout=5)
+
+    answers = []
+    with grpc.insecure_channel(addresses(mesh)["ffn"]) as channel:
+        for answer in channel.stream_stream("/afd.v1.FfnService/Connect")(requests(), timeout=10):
+            answers.append(ffn_pb2.ConnectResponse.FromString(answer))
+            answered.release()
+    return answers
+
+
+def test_bytes_that_are_no_message_do_not_end_a_pair(mesh: Mesh) -> None:
+    hello = ffn_pb2.ConnectRequest(hello=hello_of(mesh)).SerializeToString()
+    frame = ffn_pb2.ConnectRequest(frame=ffn_pb2.Frame(frame_id=7)).SerializeToString()
+    welcome, undecodable, refused = connect_with(mesh, hello, b"\xff\xff\xff\xff", frame)
+    assert welcome.HasField("welcome")
+    assert "no message" in undecodable.frame_error.message
+    assert refused.frame_error.frame_id == 7, "the stream goes on"
+
+
+def test_bytes_that_are_no_message_are_no_hello(mesh: Mesh) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        connect_with(mesh, b"\xff\xff\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_dtype_that_does_not_exist_is_a_mismatch(mesh: Mesh) -> None:
+    hello = hello_of(mesh)
+    hello.topology.dtype = 99  # type: ignore[assignment]
+    with pytest.raises(grpc.RpcError) as caught:
+        connect_with(mesh, ffn_pb2.ConnectRequest(hello=hello).SerializeToString())
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "the dtype differs: attention has dtype 99, the FFN has float32" in caught.value.details()
 
 
 def test_request_is_cancelled_by_its_id(mesh: Mesh) -> None:

@@ -28,7 +28,16 @@ from afd.handoff.negotiate import LADDER, Rung, TransportName, connect_pair
 from afd.handoff.remote import RemoteFFN
 from afd.handoff.replicas import Pair as ReplicaPair
 from afd.handoff.replicas import RoutingTable
-from afd.handoff.shm import DIRECTORY, SharedRegion, ShmTransport, handing_over, open_region, sweep, take_over
+from afd.handoff.shm import (
+    DIRECTORY,
+    SharedRegion,
+    ShmTransport,
+    handing_over,
+    open_bell,
+    open_region,
+    sweep,
+    take_over,
+)
 from afd.handoff.slots import FrameSlots, Region, SlotShape
 from afd.handoff.tensors import dtype_to_proto
 from afd.handoff.transport import Transport, receive
@@ -593,6 +602,33 @@ def test_memory_that_could_be_taken_away_under_the_other_side_is_declined() -> N
     region = SharedRegion(4096)
     with pytest.raises(OSError, match="not permitted"):
         os.truncate(region.file.number, 0)
+
+
+def read_only(number: int) -> int:
+    """The same file, opened anew."""
+    return os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
+
+
+def test_memory_that_cannot_be_written_is_declined() -> None:
+    region = SharedRegion(4096)
+    file = read_only(region.file.number)
+    with pytest.raises(TransportUnavailable, match="cannot be had"):
+        open_region(file, 4096, writable=True)
+    os.close(file)
+
+
+def test_a_bell_that_is_no_pipe_is_declined() -> None:
+    """The FFN's thread would sleep by it: it would wake up for ever, or fail, and all pairs with it."""
+    (reading, writing), (other, _) = pipes = os.pipe(), os.pipe()
+    region = SharedRegion(4096)
+    for files in ((writing, reading), (reading, reading), (other, writing), (region.file.number, writing)):
+        with pytest.raises(TransportUnavailable, match="no bell"):
+            open_bell(*files)
+    bell = open_bell(reading, writing)
+    bell.ring()
+    assert os.read(reading, 9) == b"!"
+    for number in (*pipes[0], *pipes[1]):
+        os.close(number)
 
 
 def test_fewer_files_than_there_should_be_are_declined_and_closed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -274,6 +275,12 @@ BAD_COMPLETIONS: list[tuple[Any, str]] = [
     (completion(stop=[""]), "stop"),
     (completion(stop=["x"] * 99), "stop"),
     (completion(stop=5), "stop"),
+    (completion(stop=["\ud800"]), "surrogate"),
+    (completion(stop=[1] * 500_000), "at most 16"),
+    (completion(stop_token_ids=[1] * 500_000), "at most 1024"),
+    (completion(logit_bias={str(i): "" for i in range(100_000)}), "at most 1024"),
+    (completion(**{f"field{i}": i for i in range(100_000)}), "no such parameter: field0"),
+    (completion(prompt=["x"] * 4, n=128), "more than the 256 choices"),
     (completion(stop_token_ids=[10**9]), "stop_token_ids"),
     (completion(logit_bias={"10000000": 1}), "logit_bias"),
     (completion(logit_bias={"a": 1}), "logit_bias"),
@@ -301,6 +308,9 @@ BAD_CHATS: list[tuple[Any, str]] = [
     (messages({"role": "user", "content": "x"}, top_logprobs=3), "top_logprobs"),
     (messages({"role": "user", "content": "x"}, response_format={"type": "json_object"}), "response_format"),
     (messages({"role": "user", "content": "x" * 5000}), "context"),
+    (messages(*[1] * 500_000), "at most 4096"),
+    (messages({"role": "user", "content": [{}] * 500_000}), "at most 1024"),
+    (messages(*[{"role": "user", "content": [{}] * 1000}] * 1000), "content"),
 ]
 
 
@@ -316,6 +326,18 @@ def test_bad_request_is_refused_in_a_sentence(api: Api, path: str, body: Any, ex
     assert error["type"] == "invalid_request_error"
     assert expected in error["message"]
     assert "\n" not in error["message"]
+
+
+def test_a_bad_body_does_not_hold_up_the_gateway(api: Api) -> None:
+    """Eight megabytes of what is wrong: an error for each item would take a minute, and gigabytes."""
+    began = time.monotonic()
+    assert api.curl("/v1/chat/completions", messages(*[1] * 2_000_000))[0] == 400
+    assert time.monotonic() - began < 10
+
+
+def test_resuming_a_call_without_prompts_is_refused(api: Api) -> None:
+    status, answer = api.curl("/v1/completions", completion(prompt=[]), "-H", "Last-Event-ID: x/0")
+    assert (status, json.loads(answer)["error"]["param"]) == (400, "prompt")
 
 
 def test_streaming_request_is_refused_with_a_status_too(api: Api) -> None:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -231,6 +232,22 @@ def test_last_event_id_resumes_a_stream_of_events(mesh: Mesh, model: Model, prom
     seen, after = parts(first), parts(rest)
     assert {index: ids + after[index] for index, ids in seen.items()} == parts(whole)
     assert json.loads(rest[-2][1])["usage"] == json.loads(whole[-2][1])["usage"]
+
+
+def test_whole_answer_whose_request_is_resumed_elsewhere_is_a_conflict(mesh: Mesh, model: Model) -> None:
+    """The other client did it: no fault of the gateway's."""
+    body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool, SyncClient(mesh.gateway.address) as client:
+        whole = pool.submit(list, post(mesh, {**body, "request_id": "wanted-twice", "stream": False}))
+        for _ in range(100):
+            with contextlib.suppress(NotFound):
+                resumed = client.resume("wanted-twice")
+                next(resumed)
+                break
+            time.sleep(0.02)
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            whole.result(30)
+    assert raised.value.code == 409
 
 
 @pytest.mark.parametrize("header", ["nonsense", "x/1.", "x/1.y", "never-begun/3", "x/" + "9" * 30])

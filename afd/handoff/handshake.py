@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from afd.errors import Mismatch
-from afd.handoff.tensors import dtype_to_proto
+from afd.handoff.tensors import dtype_name, dtype_to_proto
 from afd.model.config import ModelConfig
 from afd.v1 import ffn_pb2 as pb
-from afd.v1 import tensor_pb2
 
 PROTOCOL_VERSION = 3
 
@@ -34,5 +33,5 @@ def refuse_mismatch(attention: pb.Topology, ffn: pb.Topology) -> None:
         if ours != theirs:
             name = field.name.replace("_", " ")
             if field.name == "dtype":
-                ours, theirs = (tensor_pb2.Dtype.Name(value) for value in (ours, theirs))
+                ours, theirs = dtype_name(ours), dtype_name(theirs)
             raise Mismatch(f"the {name} differs: attention has {ours}, the FFN has {theirs}")

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import socket
+import stat
 import sys
 import threading
 import time
@@ -130,7 +131,21 @@ def open_region(file: int, num_bytes: int, writable: bool) -> Region:
         raise TransportUnavailable("what was handed over is no shared memory") from None
     if actual != num_bytes or not seals & fcntl.F_SEAL_SHRINK:
         raise TransportUnavailable(f"the offered memory has {actual} bytes, not {num_bytes} for good")
-    return Region(mmap.mmap(file, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
+    try:
+        return Region(mmap.mmap(file, num_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
+    except OSError as error:
+        raise TransportUnavailable(f"the offered memory cannot be had ({error.strerror})") from None
+
+
+def open_bell(reading: int, writing: int) -> Bell:
+    """A bell that a peer has made. Raises TransportUnavailable if it is not both ends of one pipe: whoever sleeps by
+    something else wakes up for ever, or fails."""
+    ends = [os.fstat(file) for file in (reading, writing)]
+    modes = [fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE for file in (reading, writing)]
+    is_pipe = stat.S_ISFIFO(ends[0].st_mode) and os.path.samestat(*ends)
+    if not is_pipe or modes != [os.O_RDONLY, os.O_WRONLY]:
+        raise TransportUnavailable("what was handed over is no bell: both ends of a pipe")
+    return Bell.given(reading, writing)
 
 
 def sweep() -> None:
@@ -216,7 +231,7 @@ class ShmEndpoint:
         self._posts = Posts(open_region(posts, Posts.num_bytes(shape), writable=False))
         self.answers = AnswerSlots(open_region(answers, shape.num_slots * shape.answer_stride, writable=True), shape)
         self.regions = (self.frames.region, self.answers.region)
-        self.bell, self._answer_bell = Bell.given(*bells[:2]), Bell.given(*bells[2:])
+        self.bell, self._answer_bell = open_bell(*bells[:2]), open_bell(*bells[2:])
         self._seen = list(self._posts.words[: shape.num_slots])
 
     def poll(self) -> list[Frame]:

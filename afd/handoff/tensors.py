@@ -42,14 +42,14 @@ def dtype_from_proto(dtype: pb.Dtype) -> torch.dtype:
     for ours, theirs in _DTYPES.items():
         if theirs == dtype:
             return ours
-    raise InvalidRequest(f"{_dtype_name(dtype)} is not a dtype of frames")
+    raise InvalidRequest(f"{dtype_name(dtype)} is not a dtype of frames")
 
 
 def from_proto(name: str, message: pb.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor in the message, on the CPU and without a copy. Raises InvalidRequest, before anything is allocated,
     unless it has exactly this dtype, shape and number of bytes."""
     if message.dtype != _DTYPES[dtype]:
-        raise InvalidRequest(f"{name} is {_dtype_name(message.dtype)}, not {_dtype_name(_DTYPES[dtype])}", name)
+        raise InvalidRequest(f"{name} is {dtype_name(message.dtype)}, not {dtype_name(_DTYPES[dtype])}", name)
     if tuple(message.shape) != shape:
         raise InvalidRequest(f"{name} is {list(message.shape)}, not {list(shape)}", name)
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -60,6 +60,6 @@ def from_proto(name: str, message: pb.Tensor, dtype: torch.dtype, shape: tuple[i
     return torch.frombuffer(message.inline, dtype=dtype).view(shape)
 
 
-def _dtype_name(dtype: int) -> str:
+def dtype_name(dtype: int) -> str:
     name = pb.Dtype.Name(dtype) if dtype in pb.Dtype.values() else f"dtype {dtype}"
     return name.removeprefix("DTYPE_").lower()

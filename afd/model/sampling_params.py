@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from afd.errors import InvalidRequest
@@ -10,6 +10,8 @@ from afd.errors import InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
 _SMALLEST = 2.0**-20  # of what must be over 0; exact as a float32, which the contract has
 
 
@@ -50,12 +52,25 @@ class SamplingParams:
         _range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        _at_most("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _at_most("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
         if "" in self.stop:
             raise InvalidRequest("stop contains an empty string, which would end every text at once", "stop")
+        if not all(map(is_unicode, self.stop)):
+            raise InvalidRequest("stop has half of a surrogate pair, which is no text", "stop")
         check_token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         check_token_ids("logit_bias", self.logit_bias, vocab_size)
         for token_id, bias in self.logit_bias.items():
             _range(f"logit_bias of token {token_id}", bias, -100, 100)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON can say what cannot: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] | list[int], vocab_size: int) -> None:
@@ -63,6 +78,11 @@ def check_token_ids(name: str, token_ids: Mapping[int, float] | tuple[int, ...] 
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{name}: token id {token_id} is outside the vocabulary of {vocab_size}", name)
+
+
+def _at_most(name: str, items: Collection[int], most: int) -> None:
+    if len(items) > most:
+        raise InvalidRequest(f"{name} has {len(items)} token ids; at most {most} are allowed", name)
 
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:

@@ -80,7 +80,6 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         params = sampling_from_proto(request.sampling)
         params.check(self.config.vocab_size)
         token_ids = list(request.token_ids)
-        check_token_ids("token_ids", token_ids, self.config.vocab_size)
         num_prompt = len(token_ids) - request.num_generated
         if num_prompt < 1:
             raise InvalidRequest("the prompt is empty", "token_ids")
@@ -89,6 +88,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
                 f"{len(token_ids)} tokens leave no room in this replica's context of {self.max_context_tokens}",
                 "token_ids",
             )
+        check_token_ids("token_ids", token_ids, self.config.vocab_size)
         return Sequence(
             key=SequenceKey(request.request_id, request.choice),
             epoch=request.epoch,

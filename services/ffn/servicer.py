@@ -38,7 +38,7 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
         self.num_frames_refused = 0
 
     async def Connect(
-        self, requests: AsyncIterator[pb.ConnectRequest], context: rpc.Context
+        self, requests: AsyncIterator[pb.ConnectRequest | None], context: rpc.Context
     ) -> AsyncIterator[pb.ConnectResponse]:
         async with rpc.aborting(context):
             hello = await self._shake_hands(requests)
@@ -75,11 +75,13 @@ class FfnServicer(ffn_pb2_grpc.FfnServiceServicer):
             compute_seconds=counters.compute_ns / 1e9,
         )
 
-    async def _shake_hands(self, requests: AsyncIterator[pb.ConnectRequest]) -> pb.Hello:
+    async def _shake_hands(self, requests: AsyncIterator[pb.ConnectRequest | None]) -> pb.Hello:
         try:
             first = await asyncio.wait_for(anext(aiter(requests)), HANDSHAKE_TIMEOUT_S)
         except (TimeoutError, StopAsyncIteration):
             raise Mismatch("the stream did not begin with a hello in time") from None
+        if first is None:
+            raise InvalidRequest(rpc.UNDECODABLE)
         if first.WhichOneof("message") != "hello":
             raise Mismatch("the stream must begin with a hello")
         refuse_mismatch(first.hello.topology, self.welcome.topology)
@@ -109,7 +111,7 @@ class _Pair:
         return InlineEndpoint(self.post, rules, shape)
 
     @contextlib.asynccontextmanager
-    async def open(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest]) -> AsyncIterator[None]:
+    async def open(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest | None]) -> AsyncIterator[None]:
         """Takes frames while the block runs."""
         self.servicer.batcher.attach(endpoint)
         self.servicer.num_streams += 1
@@ -136,16 +138,18 @@ class _Pair:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to answer
             self._loop.call_soon_threadsafe(self.outbox.put_nowait, response)
 
-    async def _read(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest]) -> None:
+    async def _read(self, endpoint: Endpoint, requests: AsyncIterator[pb.ConnectRequest | None]) -> None:
         try:
             async for request in requests:
                 self._take(endpoint, request)
         finally:
             self.outbox.put_nowait(None)
 
-    def _take(self, endpoint: Endpoint, request: pb.ConnectRequest) -> None:
-        kind = request.WhichOneof("message")
-        if kind == "drop_frame":
+    def _take(self, endpoint: Endpoint, request: pb.ConnectRequest | None) -> None:
+        kind = request and request.WhichOneof("message")
+        if request is None:
+            endpoint.refuse(0, InvalidRequest(rpc.UNDECODABLE))
+        elif kind == "drop_frame":
             endpoint.drop(request.drop_frame.frame_id)
         elif kind == "frame" and isinstance(endpoint, InlineEndpoint):
             try:

@@ -143,8 +143,6 @@ class Generator:
             raise Overloaded(f"{self.num_running} requests are open at this gateway", retry_after_s=_RETRY_AFTER_S)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
-        check_token_ids("prompt", prompt_ids, self.config.vocab_size)
-        params.check(self.config.vocab_size)
         room = max_context - len(prompt_ids)
         if room < 1:
             raise InvalidRequest(
@@ -152,6 +150,8 @@ class Generator:
                 "together",
                 "prompt",
             )
+        check_token_ids("prompt", prompt_ids, self.config.vocab_size)
+        params.check(self.config.vocab_size)
         if params.max_tokens is not None and params.max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens is {params.max_tokens}, but a prompt of {len(prompt_ids)} tokens leaves room for {room} "

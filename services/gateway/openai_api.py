@@ -31,7 +31,7 @@ from services.gateway.openai_types import ChatBody, CompletionBody
 from services.gateway.place import Place, request_ids
 
 _OPEN_PATHS = ("/health", "/metrics")  # need no API key
-_MAX_PROMPTS = 256
+_MAX_CHOICES = 256  # of all prompts together
 _NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
 _KEEP_ALIVE_S = 2.0
@@ -75,9 +75,9 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        urgency = body.urgency()
-        admitted = await _reopen(generator, gatekeeper, len(body.prompts()), urgency, request)
-        admitted = admitted or await _admit_completion(generator, body, urgency)
+        prompts, urgency = _prompts(body), body.urgency()
+        admitted = await _reopen(generator, gatekeeper, len(prompts), urgency, request)
+        admitted = admitted or await _admit_completion(generator, body, prompts, urgency)
         return await _answer(generator, gatekeeper, admitted, CompletionFormat(body, generator), request)
 
     @app.post("/v1/chat/completions")
@@ -91,17 +91,29 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     return app
 
 
-async def _admit_completion(generator: Generator, body: CompletionBody, urgency: Urgency) -> list[Admitted]:
+def _prompts(body: CompletionBody) -> list[str | list[int]]:
+    """At least one, and not too many."""
     prompts = body.prompts()
     if not prompts:
         raise InvalidRequest("the prompt is empty", "prompt")
-    if len(prompts) > _MAX_PROMPTS:
-        raise InvalidRequest(f"{len(prompts)} prompts are more than the {_MAX_PROMPTS} allowed in a request", "prompt")
+    if len(prompts) > _MAX_CHOICES:
+        raise InvalidRequest(f"{len(prompts)} prompts are more than the {_MAX_CHOICES} allowed in a request", "prompt")
+    return prompts
+
+
+async def _admit_completion(
+    generator: Generator, body: CompletionBody, prompts: list[str | list[int]], urgency: Urgency
+) -> list[Admitted]:
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("logprobs of the prompt are not available: echo and logprobs exclude each other", "echo")
     params = body.sampling(body.max_tokens, body.logprobs or 0)
     if body.best_of not in (None, params.n):
         raise InvalidRequest("best_of other than n is not supported", "best_of")
+    if len(prompts) > 1 and len(prompts) * params.n > _MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n={params.n} are more than the {_MAX_CHOICES} choices allowed in a request",
+            "n",
+        )
     admitted = []
     names = request_ids(body.request_id or uuid.uuid4().hex, len(prompts))
     for name, prompt in zip(names, prompts, strict=True):

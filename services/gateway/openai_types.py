@@ -1,22 +1,48 @@
-"""The requests of the OpenAI HTTP API, with vLLM's additions. An unknown field is refused, never ignored."""
+"""The requests of the OpenAI HTTP API, with vLLM's additions. An unknown field is refused, never ignored.
+
+Of a list with a million wrong items pydantic would make a million errors, which take minutes and gigabytes: what may
+be long is bounded before it looks, or by hand.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from afd.errors import InvalidRequest
-from afd.model.sampling_params import SamplingParams
+from afd.model.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from afd.urgency import Urgency
+from services.gateway.tokenizer import MAX_MESSAGES
 
 Number = StrictFloat | StrictInt
 TokenId = StrictInt
+_MAX_PARTS = 1024  # of a message
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
+def _at_most(most: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} items; at most {most} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
 def _check_prompt(value: Any) -> Any:
-    """By hand: of a list with a million wrong items pydantic would make a million errors."""
     items = value if isinstance(value, list) else [value]
     if all(type(item) is str for item in items) or (value is items and _are_ids(items)):
         return value
@@ -32,6 +58,16 @@ def _are_ids(items: list[Any]) -> bool:
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, value: Any) -> Any:
+        """Of all fields that do not exist the first one is enough."""
+        if not isinstance(value, dict):
+            return value
+        known = {name: value[name] for name in cls.model_fields if name in value}
+        unknown = next((name for name in value if name not in cls.model_fields), None)
+        return known if unknown is None else {**known, unknown: value[unknown]}
+
 
 class StreamOptions(_Body):
     include_usage: StrictBool = False
@@ -46,10 +82,10 @@ class SamplingBody(_Body):
     temperature: Number | None = None
     top_p: Number | None = None
     n: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Annotated[StrictStr | list[StrictStr] | None, _at_most(MAX_STOP_STRINGS)] = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number] | None, _at_most(MAX_LOGIT_BIASES)] = None
     seed: StrictInt | None = None
     user: StrictStr | None = None
     metadata: dict[str, Any] | None = None
@@ -57,7 +93,7 @@ class SamplingBody(_Body):
     top_k: StrictInt | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId] | None, _at_most(MAX_STOP_TOKEN_IDS)] = None
     min_tokens: StrictInt = 0
     ignore_eos: StrictBool = False
     return_token_ids: StrictBool = False
@@ -117,7 +153,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")  # templates may use more fields, such as `name`
 
     role: Annotated[StrictStr, Field(min_length=1)]
-    content: StrictStr | list[TextPart] | None = None
+    content: Annotated[StrictStr | list[TextPart] | None, _at_most(_MAX_PARTS)] = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content
@@ -130,7 +166,7 @@ class TextFormat(_Body):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1), _at_most(MAX_MESSAGES)]
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None

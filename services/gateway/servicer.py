@@ -13,6 +13,7 @@ from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
 from services.gateway.auth import Account, Caller, Gatekeeper
 from services.gateway.generation import Generator, Request
+from services.gateway.tokenizer import MAX_MESSAGES
 from services.gateway.transcript import Token
 
 
@@ -90,7 +91,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         if kind == "token_ids":
             return list(request.token_ids.ids)
         if kind == "chat":
-            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            first = request.chat.messages[: MAX_MESSAGES + 1]  # one more is refused
+            messages = [{"role": m.role, "content": m.content} for m in first]
             if not messages:
                 raise InvalidRequest("the chat has no messages", "chat")
             return await tokenizer.encode_chat(messages)

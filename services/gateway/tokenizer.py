@@ -15,7 +15,9 @@ from tokenizers.decoders import DecodeStream
 
 from afd.errors import CheckpointError, InvalidRequest
 from afd.model.config import read_json
+from afd.model.sampling_params import is_unicode
 
+MAX_MESSAGES = 4096  # of a chat
 _LONG_TEXT = 10_000  # characters: a few milliseconds
 
 
@@ -40,6 +42,8 @@ class Tokenizer:
         """Token ids of a conversation, by the chat template, which writes the special tokens itself."""
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use a completion", "messages")
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest(f"a chat can have {MAX_MESSAGES} messages at most", "messages")
         try:
             text = self._chat_template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens()
@@ -61,7 +65,8 @@ class Tokenizer:
     async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """A long text is encoded on another thread, so that the streams of others go on meanwhile."""
         backend = self._needed()
-        _check_unicode(text)
+        if not is_unicode(text):
+            raise InvalidRequest("the prompt has half of a surrogate pair, which is no text", "prompt")
         if len(text) > self.max_tokens * self._longest_token:
             raise InvalidRequest(
                 f"the prompt has {len(text)} characters, more than fit into a context of {self.max_tokens} tokens",
@@ -109,13 +114,6 @@ class TextStream:
     def rest(self) -> str:
         """What is left at the end: an incomplete character, as the replacement character."""
         return self._tokenizer.decode(self._ids)[self._num_chars :]
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest("the prompt has half of a surrogate pair, which is no text", "prompt") from None
 
 
 def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
