@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self
 import httpx2
 
 from afd.client import Client
-from afd.errors import AfdError, PeerUnavailable, error_for_grpc_code
+from afd.errors import AfdError, InternalError, PeerUnavailable, error_for_grpc_code
 
 STALL_S = 0.1  # what counts as one
 _ADMISSION_TIMEOUT_S = 60.0
@@ -170,7 +170,7 @@ class HttpAsker:
         try:
             async with self._http.stream("POST", url, json=body, headers=headers) as response:
                 if response.status_code != 200:
-                    raise _error(json.loads(await response.aread()))
+                    raise _refusal(response.status_code, await response.aread())
                 event_id, is_whole = "", False
                 async for line in _lines(response):
                     name, _, value = line.partition(": ")
@@ -213,3 +213,10 @@ def _event(event_id: str, data: dict[str, Any]) -> _Event:
 def _error(body: dict[str, Any]) -> AfdError:
     error = body["error"]
     return error_for_grpc_code(str(error["code"]).upper(), error["message"])
+
+
+def _refusal(status: int, body: bytes) -> AfdError:
+    try:
+        return _error(json.loads(body))
+    except ValueError:  # not one of the gateway's own
+        return InternalError(f"HTTP {status}: {body.decode(errors='replace')}")

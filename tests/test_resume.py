@@ -338,3 +338,20 @@ def test_stream_of_events_that_outlasts_the_drain_ends_with_an_event(
         *_, (_, last) = stream
         assert json.loads(last)["error"]["code"] == "unavailable"
     assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_call_without_an_answer_when_the_gateway_stops_is_sent_to_another_one() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def waiting(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    serving = asyncio.create_task(openai_api._Farewell(waiting)({"type": "http"}, waiting, send))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    serving.cancel()
+    await serving
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "unavailable"

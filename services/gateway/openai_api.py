@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd import tasks
-from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, Unauthenticated
+from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
 from afd.urgency import Urgency
 from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Generator
@@ -50,6 +50,7 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     created = int(time.time())
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(_KeyCheck, gatekeeper=gatekeeper, max_bytes=max_body_bytes)  # before the body is kept
+    app.add_middleware(_Farewell)
     app.add_exception_handler(AfdError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -318,6 +319,27 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return JSONResponse(_error_body(InvalidRequest(_NO_OBJECT)), error.status_code)
     body = {"message": f"{request.method} {request.url.path}: {error.detail}", "type": "invalid_request_error"}
     return JSONResponse({"error": {**body, "param": None, "code": None}}, error.status_code, headers=error.headers)
+
+
+class _Farewell:
+    """When the server stops, it cancels what still runs, and would say 500 where no answer has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not has_begun:
+                await _refusal(PeerUnavailable("this gateway stops; ask another one"))(scope, receive, send)
 
 
 class _KeyCheck:
