@@ -74,6 +74,10 @@ def _appending_file(path: Path) -> IO[str]:
         raise ConfigError(f"spans cannot be written to {path}: {error.strerror}") from None
 
 
+def _forget_it(request: object, client_address: object) -> None:
+    """A client that left or said nothing is not worth a traceback."""
+
+
 def clock_ns(perf_counter_ns: int) -> int:
     """Nanoseconds since the epoch of a perf_counter_ns stamp."""
     return perf_counter_ns + _EPOCH_OF_PERF_COUNTER_NS
@@ -128,10 +132,13 @@ def record_ffn_spans(frame: TimedFrame, shard: int, timing: FrameTiming) -> None
         tracer.start_span(name, context, start_time=start_ns, attributes=attributes).end(end_ns)
 
 
-def serve_metrics(host: str, port: int) -> int:
-    """Prometheus metrics of this process on an own port; returns the port. Raises ConfigError if it is taken."""
+def serve_metrics(host: str, port: int, patience_s: float = 10.0) -> int:
+    """Prometheus metrics of this process on an own port; returns the port. Who connects and says nothing for patience_s
+    is cut off: each has a thread. Raises ConfigError if the port is taken."""
     try:
         server, _ = prometheus_client.start_http_server(port, host)
     except OSError as error:
         raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from None
+    server.RequestHandlerClass.timeout = patience_s  # type: ignore[attr-defined]
+    server.handle_error = _forget_it  # type: ignore[method-assign]
     return int(server.server_port)

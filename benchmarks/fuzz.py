@@ -45,7 +45,7 @@ from benchmarks.fuzzing.readings import Reading, output_to, readings, tracebacks
 
 _SHARES = {"http": 0.4, "grpc": 0.3, "frames": 0.2, "handshakes": 0.1}
 _WORKERS = {"http": 16, "grpc": 8, "frames": 3, "handshakes": 4}
-_WARM_UP = 0.1  # of the inputs, before the first reading
+_WARM_UP = 0.4  # of the inputs, before the first reading
 _JOURNAL_TTL_S = 3.0
 _SETTLE_S = 30.0
 _CROWD = 100

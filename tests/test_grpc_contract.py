@@ -157,6 +157,9 @@ def test_a_path_that_is_no_text_ends_no_server(mesh: Mesh, role: str) -> None:
                 assert part, "the call is answered"
                 answer += part
         assert len(list(tokens)) == 299, "who is connected notices nothing"
+    with grpc.insecure_channel(addresses(mesh)[role]) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        assert check(health_pb2.HealthCheckRequest(), timeout=5).status == 1, "others can connect"
 
 
 def test_method_that_does_not_exist_is_unimplemented(mesh: Mesh) -> None:

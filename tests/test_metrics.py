@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,19 @@ from afd.bench import counters
 from afd.handoff.frame import Crossing, Timing
 from afd.handoff.negotiate import LADDER
 from afd.mesh import Mesh
+from afd.telemetry import serve_metrics
 from services.attention.timeline import StepCounters, StepTimeline
 from tests.conftest import Model, StartMesh
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+
+
+def test_who_says_nothing_to_the_metrics_is_cut_off(capfd: pytest.CaptureFixture[str]) -> None:
+    port = serve_metrics("127.0.0.1", 0, patience_s=0.1)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"GET /metr")
+        assert connection.recv(100) == b""
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def crossing(shard: int, layer_idx: int, slot: int, compute_ns: int) -> Crossing:

@@ -265,6 +265,7 @@ BAD_COMPLETIONS: list[tuple[Any, str]] = [
     (completion(priority=1 << 31), "priority"),
     (completion(timeout_s=0), "timeout_s"),
     (completion(timeout_s=-1), "timeout_s"),
+    (completion(timeout_s=10**400), "timeout_s"),
     (completion(timeout_s=True), "timeout_s"),
     ('{"model":"random-8","prompt":"x","timeout_s":1e999}', "timeout_s"),
     (completion(n=10**6), "n must be"),

@@ -132,6 +132,8 @@ async def throw_bytes(address: str, data: bytes) -> Answer:
             writer.write_eof()
             while await reader.read(1 << 16):
                 pass
+    except TimeoutError:
+        raise
     except OSError:
         return Answer("closed")
     finally:

@@ -16,7 +16,7 @@ COMPLETION: dict[str, Any] = {
     "logit_bias": {"5": 1.0}, "presence_penalty": 0.1, "frequency_penalty": 0.1, "top_k": 3, "min_p": 0.1,
     "repetition_penalty": 1.1, "stop_token_ids": [9], "min_tokens": 0, "ignore_eos": False, "logprobs": 1,
     "return_token_ids": True, "echo": False, "best_of": 1, "suffix": None, "stream": False, "user": "u",
-    "metadata": {"a": "b"}, "request_id": None,
+    "metadata": {"a": "b"}, "request_id": None, "priority": 1, "timeout_s": 20,
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
@@ -88,7 +88,7 @@ class HttpThrower:
                 async with asyncio.timeout(HANG_S):
                     writer.write(request)
                     status, keeps, said = await _read_answer(reader)
-            except (OSError, asyncio.IncompleteReadError) as error:
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
                 await self.close()
                 if was_open:
                     continue
@@ -109,6 +109,8 @@ class HttpThrower:
                 if half_closes:
                     writer.write_eof()
                 answer = await reader.read(1 << 16)
+        except TimeoutError:
+            raise
         except OSError:
             return Answer("closed")
         finally:
@@ -123,7 +125,8 @@ async def _connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWr
 
 
 def _judged(status: str, request: bytes, answer: bytes) -> Answer:
-    is_fault = status.startswith("5") and status != "503"
+    its_own_deadline = status == "504" and b"timeout_s" in request
+    is_fault = status.startswith("5") and status != "503" and not its_own_deadline
     return Answer(status, is_fault, f"{answer[-300:]!r} to {request[:3000]!r}" if status.startswith("5") else "")
 
 

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from afd.model.sampling_params import is_unicode
 
+_MOST_CHARS = 2_000_000  # of a list's items together
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 _LONGEST_BYTES = 4096
 _LENGTHS, _LENGTH_WEIGHTS = (1, 17, 257, 2000, 300_000), (10, 10, 10, 10, 1)
@@ -159,7 +160,8 @@ def _change_field(message: Message, chooser: Random) -> None:
     elif field.message_type is not None:
         _change_message(message, field, chooser)
     elif field.is_repeated:
-        values = [_scalar(field, chooser)] * chooser.choices(_LENGTHS, _LENGTH_WEIGHTS)[0]
+        value, length = _scalar(field, chooser), chooser.choices(_LENGTHS, _LENGTH_WEIGHTS)[0]
+        values = [value] * min(length, _MOST_CHARS // len(str(value) or "x"))
         if chooser.random() < 0.5:
             message.ClearField(field.name)
         getattr(message, field.name).extend(values)
@@ -189,18 +191,21 @@ def _change_entry(entries: Any, field: FieldDescriptor, chooser: Random) -> None
 
 
 def _scalar(field: FieldDescriptor, chooser: Random) -> Any:
-    kind = field.cpp_type
-    if kind in (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64):
-        bits = 32 if kind == FieldDescriptor.CPPTYPE_UINT32 else 64
-        return chooser.choice(
-            (0, 1, 2, 7, 31, 128, 10_000, 1 << (bits - 1), (1 << bits) - 1, chooser.getrandbits(bits))
-        )
-    if kind in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
-        return chooser.choice((0.0, -1.0, 0.5, 1.0, 1e-40, 3e38, math.inf, -math.inf, math.nan, chooser.uniform(-3, 3)))
-    if kind == FieldDescriptor.CPPTYPE_BOOL:
-        return chooser.random() < 0.5
-    if kind == FieldDescriptor.CPPTYPE_ENUM:
-        return chooser.choice((0, 1, 2, 3, 4, 99, -1, (1 << 31) - 1))
     if field.type == FieldDescriptor.TYPE_BYTES:
         return chooser.randbytes(chooser.choice((0, 1, 7, 64, 4096)))
-    return chooser.choice([text for text in _TEXTS if is_unicode(text)])
+    return chooser.choice(_SCALARS[field.cpp_type])
+
+
+_SMALL = (0, 1, 2, 7, 31, 128, 10_000)
+_REALS = (0.0, -1.0, 0.5, 1.0, 1e-40, 3e38, math.inf, -math.inf, math.nan)
+_SCALARS: dict[int, tuple[Any, ...]] = {
+    FieldDescriptor.CPPTYPE_UINT32: (*_SMALL, 1 << 31, (1 << 32) - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (*_SMALL, 1 << 63, (1 << 64) - 1),
+    FieldDescriptor.CPPTYPE_INT32: (*_SMALL, -1, (1 << 31) - 1, -(1 << 31)),
+    FieldDescriptor.CPPTYPE_INT64: (*_SMALL, -1, (1 << 63) - 1, -(1 << 63)),
+    FieldDescriptor.CPPTYPE_FLOAT: _REALS,
+    FieldDescriptor.CPPTYPE_DOUBLE: _REALS,
+    FieldDescriptor.CPPTYPE_BOOL: (False, True),
+    FieldDescriptor.CPPTYPE_ENUM: (0, 1, 2, 3, 4, 99, -1, (1 << 31) - 1),
+    FieldDescriptor.CPPTYPE_STRING: tuple(text for text in _TEXTS if is_unicode(text)),
+}

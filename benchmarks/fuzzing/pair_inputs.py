@@ -42,6 +42,7 @@ _PATH = "/afd.v1.FfnService/Connect"
 FRAMES_A_STREAM = 32
 _MAX_TOKENS, _NUM_SLOTS = 8, 2
 _HEADER_BYTES = 116  # of a slot's, that mean something
+_TIME_LEFT_AT = 36  # in the header
 _BEYOND_ALL_EPOCHS = (1 << 32) - 1
 _CLIENTS_OWN = "Internal error from Core"  # grpcio's word for a stream that ended while it was written to
 _FFN_FAILED = "the FFN failed"
@@ -323,6 +324,7 @@ class FrameThrower:
             changed = mutated_message(message, chooser)
             _change_numbers(changed, chooser)
             changed.frame_id = frame.frame_id
+            changed.time_left_us = 0  # a frame whose time is over has no answer
             yield pb.ConnectRequest(frame=changed)
 
     def _throw_into_slots(
@@ -389,4 +391,5 @@ def mutated_slot(slots: FrameSlots, frame: Frame, chooser: Random, may_lie_of_it
         word = odd_word(chooser) if chooser.random() < 0.7 else chooser.randbytes(4)
         slots.region.memory[start + at : start + at + 4] = word
         changes.append(f"{at}: {word.hex()}")
+    slots.region.memory[start + _TIME_LEFT_AT : start + _TIME_LEFT_AT + 4] = bytes(4)  # as above
     return changes

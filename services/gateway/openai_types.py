@@ -30,6 +30,7 @@ from services.gateway.tokenizer import MAX_MESSAGES
 Number = StrictFloat | StrictInt
 TokenId = StrictInt
 _MAX_PARTS = 1024  # of a message
+_MOST_SECONDS = 86400
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -100,7 +101,7 @@ class SamplingBody(_Body):
     request_id: StrictStr | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0
     # ours
-    timeout_s: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+    timeout_s: Annotated[Number, Field(gt=0, le=_MOST_SECONDS)] | None = None
 
     def urgency(self) -> Urgency:
         """From now on."""
