@@ -339,7 +339,7 @@ async def test_frames_of_a_layer_from_several_replicas_are_one_batch(model: Mode
         ("model_fingerprint", "other", "model fingerprint differs: attention has other, the FFN has"),
         ("hidden_size", 7168, "hidden size differs: attention has 7168"),
         ("num_layers", 61, "num layers differs: attention has 61"),
-        ("dtype", 2, "dtype differs: attention has DTYPE_BFLOAT16, the FFN has DTYPE_FLOAT32"),
+        ("dtype", 2, "dtype differs: attention has bfloat16, the FFN has float32"),
         ("shard", 1, "shard differs: attention has 1, the FFN has 0"),
         ("num_shards", 2, "num shards differs: attention has 2, the FFN has 1"),
     ],
