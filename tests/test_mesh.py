@@ -44,7 +44,7 @@ async def ask_many(address: str, model: Model, number: int) -> None:
         )
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("attention", "ffn"), TOPOLOGIES)
 def test_tokens_equal_the_oracle_on_every_topology(
     make_model: Callable[[int], Model], start_mesh: StartMesh, attention: int, ffn: int, seed: int

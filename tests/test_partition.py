@@ -146,6 +146,7 @@ def test_streams_go_on_while_an_ffn_replica_is_cut_off_and_use_it_again_afterwar
         asyncio.run(run(mesh))
 
 
+@pytest.mark.slow
 def test_a_sequence_of_an_attention_replica_that_is_cut_off_goes_on_elsewhere_and_nothing_comes_twice(
     make_model: Callable[[int], Model], link: Link, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,7 @@ def test_up_that_is_stopped_while_it_scales_leaves_nothing_behind(model: Model, 
         assert not control._socket_path(ready["grpc"]).exists()
 
 
+@pytest.mark.slow
 def test_scale_that_was_interrupted_goes_on(model: Model, tmp_path: Path) -> None:
     with running_up(model.path, tmp_path / "ready.json", "--ffn", 0) as (_, ready):
         with scaling("--target", ready["grpc"], "--attention", 2) as process:

@@ -64,11 +64,13 @@ class SharedRegion(Region):
 class _Descriptor:
     """An open file, closed with the last look at it."""
 
+    _close = staticmethod(os.close)  # the module may be gone before its last object is
+
     def __init__(self, number: int) -> None:
         self.number = number
 
     def __del__(self) -> None:
-        os.close(self.number)
+        self._close(self.number)
 
 
 @contextlib.contextmanager
