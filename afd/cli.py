@@ -141,12 +141,14 @@ def _note(text: str) -> None:
 
 async def _attend(mesh: Mesh, ready_file: Path | None) -> None:
     """Watches over the mesh, and scales it when it is asked to."""
+    written = mesh.ready_file()
     async with control.listening(mesh, _note):
         while True:
             await asyncio.sleep(_WATCH_S)
             mesh.watch()
-            if ready_file:
+            if ready_file and (present := mesh.ready_file()) != written:
                 write_ready_file(mesh, ready_file)
+                written = present
 
 
 class _Signalled(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -25,7 +25,7 @@ import grpc.aio
 from afd.errors import AfdError, InternalError, InvalidRequest, NotFound, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, read, to_error
 from afd.tls import client_credentials
-from afd.urgency import Urgency
+from afd.urgency import MOST_SECONDS, Urgency
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc, sampling_pb2
 
@@ -62,12 +62,17 @@ class SamplingOptions(TypedDict, total=False):
     top_logprobs: int
 
 
-class Options(SamplingOptions, total=False):
-    """The request's own, beside them."""
+class UrgencyOptions(TypedDict, total=False):
+    """Keyword arguments of generate, chat and resume: they belong to the call, and whoever resumes says them anew."""
+
+    priority: int  # lower goes first where there is not room for all; 0 where it is not given
+    timeout_s: float | None  # for the whole answer, up to a day; then DeadlineExceeded
+
+
+class Options(SamplingOptions, UrgencyOptions, total=False):
+    """All keyword arguments of generate and chat."""
 
     request_id: str  # for `resume` and `cancel`; one is made up where none is given
-    priority: int  # lower goes first where there is not room for all; 0 where it is not given
-    timeout_s: float | None  # for the whole answer; then DeadlineExceeded
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,11 @@ class Stream:
     When the gateway is lost the stream goes on through another one, or the same one once it is back.
     """
 
-    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest, timeout_s: float | None) -> None:
+    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> None:
         self._client = client
         self._request = request
-        self._urgency = Urgency.within(timeout_s, request.priority)
-        self._call = client._ask(request, self._urgency)
+        self._urgency = urgency
+        self._call = client._ask(request, urgency)
         self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
         self._lost_at: float | None = None
         self._is_begun = False
@@ -263,19 +268,16 @@ class Client:
             raise InvalidRequest(f"a message is a role and a content: {error}", "messages") from None
         return self._start(pb.GenerateRequest(chat=chat), options)
 
-    def resume(
-        self,
-        request_id: str,
-        next_index: int | Sequence[int] = 0,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-    ) -> Stream:
+    def resume(self, request_id: str, next_index: int | Sequence[int] = 0, **options: Unpack[UrgencyOptions]) -> Stream:
         """Goes on with a request that was begun through any gateway, from the token with this index on, or from one for
         each of its choices. A stream of it that is still open ends. Raises NotFound at the first token if it ended too
         long ago."""
-        indices = [next_index] if isinstance(next_index, int) else list(next_index)
-        return Stream(self, pb.ResumeRequest(request_id=request_id, next_index=indices, priority=priority), timeout_s)
+        _refuse_unknown(options, UrgencyOptions)
+        with _typed():
+            urgency = _urgency(options)
+            indices = [next_index] if isinstance(next_index, int) else list(next_index)
+            request = pb.ResumeRequest(request_id=request_id, next_index=indices, priority=urgency.priority)
+        return Stream(self, request, urgency)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
@@ -292,18 +294,15 @@ class Client:
         )
 
     def _start(self, request: pb.GenerateRequest, options: Options) -> Stream:
-        unknown = options.keys() - Options.__annotations__.keys()
-        if unknown:
-            raise InvalidRequest(f"no such parameter: {', '.join(sorted(unknown))}", min(unknown))
-        given = {name: value for name, value in options.items() if value is not None}
-        timeout_s = cast(float | None, given.pop("timeout_s", None))
-        try:
-            request.request_id = cast(str, given.pop("request_id", "")) or uuid.uuid4().hex
-            request.priority = cast(int, given.pop("priority", 0))
+        _refuse_unknown(options, Options)
+        sampling = {name: options.get(name) for name in SamplingOptions.__annotations__}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        with _typed():
+            urgency = _urgency(options)
+            request.request_id = options.get("request_id") or uuid.uuid4().hex
+            request.priority = urgency.priority
             request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
-            return Stream(self, request, timeout_s)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"a parameter is not of its type: {error}") from None
+        return Stream(self, request, urgency)
 
 
 class SyncClient:
@@ -342,16 +341,9 @@ class SyncClient:
         return self._iterate(self._start(lambda: self._client.chat(messages, **options)))
 
     def resume(
-        self,
-        request_id: str,
-        next_index: int | Sequence[int] = 0,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
+        self, request_id: str, next_index: int | Sequence[int] = 0, **options: Unpack[UrgencyOptions]
     ) -> Iterator[Token]:
-        return self._iterate(
-            self._start(lambda: self._client.resume(request_id, next_index, priority=priority, timeout_s=timeout_s))
-        )
+        return self._iterate(self._start(lambda: self._client.resume(request_id, next_index, **options)))
 
     def cancel(self, request_id: str) -> bool:
         return self._run(self._client.cancel(request_id))
@@ -384,6 +376,28 @@ class SyncClient:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _refuse_unknown(options: Mapping[str, object], known: Any) -> None:
+    unknown = options.keys() - known.__annotations__.keys()
+    if unknown:
+        raise InvalidRequest(f"no such parameter: {', '.join(sorted(unknown))}", min(unknown))
+
+
+def _urgency(options: UrgencyOptions) -> Urgency:
+    """From now on. Raises InvalidRequest."""
+    timeout_s = options.get("timeout_s")
+    if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
+        raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
+    return Urgency.within(timeout_s, options.get("priority") or 0)
+
+
+@contextlib.contextmanager
+def _typed() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a parameter is not of its type: {error}") from None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+MOST_SECONDS = 86400  # that a request may ask for; gRPC takes a deadline beyond all numbers for one that is over
+
 
 class Urgency(NamedTuple):
     """Of a request, and of all that is done for it."""

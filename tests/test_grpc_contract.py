@@ -249,10 +249,24 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
             (["x"], {}, "prompt"),
             ("x", {"max_tokens": "many"}, "a parameter is not of its type"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),
+            ("x", {"priority": 1 << 31}, "a parameter is not of its type"),
+            ("x", {"timeout_s": "long"}, "a parameter is not of its type"),
+            ("x", {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
+            ("x", {"timeout_s": float("nan")}, "timeout_s must be from 0 to 86400"),
+            ("x", {"timeout_s": -1}, "timeout_s must be from 0 to 86400"),
         ]
         for prompt, options, words in bad:
             with pytest.raises(InvalidRequest, match=words):
                 list(client.generate(prompt, **options))
+        for next_index, options, words in (
+            (-1, {}, "a parameter is not of its type"),
+            ("y", {}, "a parameter is not of its type"),
+            (0, {"priority": 1 << 31}, "a parameter is not of its type"),
+            (0, {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
+            (0, {"top_p": 1}, "no such parameter: top_p"),
+        ):
+            with pytest.raises(InvalidRequest, match=words):
+                list(client.resume("x", next_index, **options))  # type: ignore[arg-type]
 
 
 def test_choices_come_each_with_its_own_end(mesh: Mesh) -> None:

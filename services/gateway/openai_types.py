@@ -24,13 +24,12 @@ from pydantic import (
 
 from afd.errors import InvalidRequest
 from afd.model.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
-from afd.urgency import Urgency
+from afd.urgency import MOST_SECONDS, Urgency
 from services.gateway.tokenizer import MAX_MESSAGES
 
 Number = StrictFloat | StrictInt
 TokenId = StrictInt
 _MAX_PARTS = 1024  # of a message
-_MOST_SECONDS = 86400
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -101,7 +100,7 @@ class SamplingBody(_Body):
     request_id: StrictStr | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0
     # ours
-    timeout_s: Annotated[Number, Field(gt=0, le=_MOST_SECONDS)] | None = None
+    timeout_s: Annotated[Number, Field(gt=0, le=MOST_SECONDS)] | None = None
 
     def urgency(self) -> Urgency:
         """From now on."""
