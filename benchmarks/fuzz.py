@@ -41,7 +41,8 @@ from benchmarks.fuzzing.answers import HANG_S, Answer, Thrower
 from benchmarks.fuzzing.grpc_inputs import GrpcThrower, methods, recorded
 from benchmarks.fuzzing.http_inputs import HttpThrower
 from benchmarks.fuzzing.pair_inputs import FRAMES_A_STREAM, FrameThrower, HandshakeThrower, Shard
-from benchmarks.fuzzing.readings import Reading, output_to, readings, tracebacks
+from benchmarks.logs import alarms, output_to
+from benchmarks.usage import Usage, usages
 
 _SHARES = {"http": 0.4, "grpc": 0.3, "frames": 0.2, "handshakes": 0.1}
 _WORKERS = {"http": 16, "grpc": 8, "frames": 3, "handshakes": 4}
@@ -51,7 +52,7 @@ _SETTLE_S = 30.0
 _CROWD = 100
 _MOST_NOTES, _NOTE_CHARS = 40, 400  # all of their characters are in the JSON
 _HELD = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
-_RSS_MIB, _FILES = 24.0, 4  # what an allocator, and a pool of connections, may keep more
+_MEMORY_MB, _FILES = 24.0, 4  # what an allocator, and a pool of connections, may keep more
 _CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ message.name | tojson }}\n{% endfor %}"
 )
@@ -75,8 +76,8 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     num_right: int = 0  # answers of the client beside
     wrong: list[str] = field(default_factory=list)
-    before: dict[str, Reading] = field(default_factory=dict)
-    after: dict[str, Reading] = field(default_factory=dict)
+    before: dict[str, Usage] = field(default_factory=dict)
+    after: dict[str, Usage] = field(default_factory=dict)
     keys: tuple[int, int] = (0, 0)
     held: dict[str, float] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
@@ -91,7 +92,7 @@ class Outcome:
 
     @property
     def crashed(self) -> list[str]:
-        return [name for name, reading in self.before.items() if self.after.get(name, reading).pid != reading.pid] + [
+        return [name for name, usage in self.before.items() if self.after.get(name, usage).pid != usage.pid] + [
             name for name in self.before if name not in self.after
         ]
 
@@ -101,7 +102,8 @@ class Outcome:
         return [
             name
             for name, after in self.after.items()
-            if after.rss_mib > self.before[name].rss_mib + _RSS_MIB or after.files > self.before[name].files + _FILES
+            if after.memory_mb > self.before[name].memory_mb + _MEMORY_MB
+            or after.num_files > self.before[name].num_files + _FILES
         ]
 
     @property
@@ -143,7 +145,7 @@ async def run(plan: Plan, mesh: Mesh, log: Path, oracle: Transformer, console: C
     outcome.seconds = time.monotonic() - began
     outcome.after, keys_after, outcome.held = await _settled(mesh)
     outcome.keys = keys_before, keys_after
-    outcome.log = tracebacks(log)
+    outcome.log = alarms(log)
     return outcome
 
 
@@ -247,7 +249,7 @@ async def _crowd(mesh: Mesh) -> None:
             await asyncio.gather(*(ask() for _ in range(_CROWD)))
 
 
-async def _settled(mesh: Mesh) -> tuple[dict[str, Reading], int, dict[str, float]]:
+async def _settled(mesh: Mesh) -> tuple[dict[str, Usage], int, dict[str, float]]:
     """What is held once nobody asks any more: by processes, in Redis, and by the services' own counts."""
     await asyncio.sleep(_JOURNAL_TTL_S + 1)
     deadline = time.monotonic() + _SETTLE_S
@@ -258,7 +260,7 @@ async def _settled(mesh: Mesh) -> tuple[dict[str, Reading], int, dict[str, float
         await asyncio.sleep(0.5)
     async with connect(mesh.redis_url, None) as redis:
         keys = int(await redis.dbsize())
-    return readings(mesh), keys, held
+    return usages(mesh), keys, held
 
 
 # The report.
@@ -271,12 +273,12 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
         kinds.add_row(kind, str(answers.total()), str(outcome.num_hangs[kind]), str(outcome.num_faults[kind]), said)
     yield kinds
     held = Table(
-        "process", "MiB before", "after", "files before", "after", "threads before", "after", title="what they hold"
+        "process", "MB before", "after", "files before", "after", "threads before", "after", title="what they hold"
     )
     for name, before in outcome.before.items():
         after = outcome.after.get(name)
         pairs = [
-            (f"{one.rss_mib:.1f}", str(one.files), str(one.threads)) if one else ("gone",) * 3
+            (f"{one.memory_mb:.1f}", str(one.num_files), str(one.num_threads)) if one else ("gone",) * 3
             for one in (before, after)
         ]
         held.add_row(name, *(text for pair in zip(*pairs, strict=True) for text in pair))
@@ -296,7 +298,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "crashes": len(outcome.crashed),
         "hangs": outcome.num_hangs.total(),
         "faults": outcome.num_faults.total(),
-        "tracebacks in the logs": len(outcome.log),
+        "alarms in the logs": len(outcome.log),
         "right answers beside": outcome.num_right,
         "wrong answers beside": len(outcome.wrong),
         "Redis keys before": outcome.keys[0],
@@ -304,15 +306,15 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "kept memory or files": len(outcome.kept),
         **{f"left: {name}": value for name, value in outcome.held.items()},
         "answers": {kind: dict(answers) for kind, answers in outcome.answers.items()},
-        "memory MiB": {name: _pair(outcome, name, "rss_mib") for name in outcome.after},
-        "files": {name: _pair(outcome, name, "files") for name in outcome.after},
+        "memory MB": {name: _pair(outcome, name, "memory_mb") for name in outcome.after},
+        "files": {name: _pair(outcome, name, "num_files") for name in outcome.after},
         "notes": outcome.notes,
         "log": outcome.log,
     }
 
 
 def _pair(outcome: Outcome, name: str, field_name: str) -> list[float]:
-    return [round(float(getattr(reading[name], field_name)), 1) for reading in (outcome.before, outcome.after)]
+    return [round(float(getattr(usage[name], field_name)), 1) for usage in (outcome.before, outcome.after)]
 
 
 def fuzz(plan: Plan, console: Console) -> Outcome:

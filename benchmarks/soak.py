@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -27,7 +26,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from redis.asyncio import Redis
@@ -39,6 +38,7 @@ from afd.mesh import Mesh, MeshOptions, running_mesh
 from afd.state.api_keys import ApiKeys, Limits
 from afd.state.connection import connect
 from benchmarks.clients import Answer, Api, Asker, GrpcAsker, HttpAsker, Question, ask
+from benchmarks.logs import alarms, output_to
 from benchmarks.usage import Sample, keys_of, shm_files
 
 _WARM_UP_S = 30.0
@@ -52,7 +52,6 @@ _SHM_S = 10.0  # meshes that come up on this machine have sockets there for a mo
 _MOST_GROWTH = 0.01
 _NO_GROWTH_MB = 0.5  # so little is noise, where there is little: in Redis
 _SPARE_THREADS = 8  # of pools, which start them when they are needed
-_ALARMS = ("Traceback", "never retrieved", "never awaited", "was destroyed")
 _BAD: tuple[dict[str, Any], ...] = ({"temperature": -1.0}, {"top_p": 2.0}, {"max_tokens": 1_000_000})
 
 
@@ -283,32 +282,18 @@ async def _settled(mesh: Mesh, redis: Redis, idle: Sample) -> Sample:
         await asyncio.sleep(1.0)
 
 
-@contextlib.contextmanager
-def logged_to(file: IO[bytes]) -> Iterator[IO[str]]:
-    """Standard error, of this process and its children, goes to a file; yields where it went before."""
-    before = os.dup(2)
-    os.dup2(file.fileno(), 2)
-    try:
-        with os.fdopen(os.dup(before), "w") as terminal:
-            yield terminal
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-
-
 def soak(plan: Plan) -> Outcome:
     files = shm_files()
-    with tempfile.TemporaryFile() as log, logged_to(log) as terminal:
-        with running_mesh(plan.options) as mesh:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with output_to(log) as terminal, running_mesh(plan.options) as mesh:
             outcome = asyncio.run(run(plan, mesh, Console(file=terminal, width=200)))
         left = shm_files() - files
         if left:
             time.sleep(_SHM_S)
         outcome.leftovers += [f"/dev/shm/{name} is left" for name in sorted(left & shm_files())]
         outcome.leftovers += [f"a process is left: {child}" for child in psutil.Process().children(recursive=True)]
-        log.seek(0)
-        lines = log.read().decode().splitlines()
-        outcome.leftovers += [f"in a log: {line}" for line in lines if any(alarm in line for alarm in _ALARMS)]
+        outcome.leftovers += [f"in a log: {alarm}" for alarm in alarms(log)]
     return outcome
 
 

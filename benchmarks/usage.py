@@ -23,6 +23,7 @@ _OWN_MEMORY = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")
 class Usage:
     """Of one process."""
 
+    pid: int
     memory_mb: float
     num_files: int  # open ones, without the connections to Redis, which are pooled
     num_threads: int
@@ -33,7 +34,14 @@ class Usage:
         lines = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
         memory_kib = sum(int(line[1]) for line in lines if line[0] in _OWN_MEMORY)
         num_files = process.num_fds() - len(process.net_connections("unix"))
-        return cls(memory_kib * 1024 / 1e6, num_files, process.num_threads())
+        return cls(pid, memory_kib * 1024 / 1e6, num_files, process.num_threads())
+
+
+def usages(mesh: Mesh) -> dict[str, Usage]:
+    """Of each process that is alive, by its replica_id, and of "redis"."""
+    assert mesh.embedded is not None
+    pids = {s.replica_id: s.process.pid for s in mesh.services if s.process and s.alive}
+    return {name: Usage.of(pid) for name, pid in (pids | {"redis": mesh.embedded.process.pid}).items()}
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,11 @@ class Sample:
 
     @classmethod
     async def of(cls, mesh: Mesh, redis: Redis) -> Self:
-        assert mesh.embedded is not None
         gc.collect()  # of this process, which makes the load, it is not looked for what waits for that
-        pids = {service.replica_id: service.process.pid for service in mesh.services if service.process}
-        pids |= {"redis": mesh.embedded.process.pid, "main": os.getpid()}
         memory = cast(dict[str, int], await redis.info("memory"))
         return cls(
             time.monotonic(),
-            {name: Usage.of(pid) for name, pid in pids.items()},
+            usages(mesh) | {"main": Usage.of(os.getpid())},
             await redis.dbsize(),
             memory["used_memory"] / 1e6,
         )
