@@ -6,9 +6,10 @@ import struct
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, cast
+from functools import cached_property
+from typing import Literal, NamedTuple, Self, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import NoScriptError, ResponseError
 
 from afd.errors import AfdError, JournalGap, PeerUnavailable, StaleEpoch
@@ -29,18 +30,32 @@ redis.call('HSET', KEYS[1], 'epoch', epoch, unpack(ARGV, 2))
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return epoch
 """
-# KEYS: record, journal. ARGV: epoch, index of the token, its packed value, TTL in ms.
-# An older epoch is refused, and so is a gap; a token that is already there stays as it is.
+# KEYS: of each token the record and the journal. ARGV: TTL in ms; of each token epoch, index, length and packed value.
+# Returns "" for each, or why it is not there: its epoch is over, tokens before it are missing, or what Redis says. One
+# that is there already stays as it is.
 _APPEND = """
-local epoch = redis.call('HGET', KEYS[1], 'epoch')
-if epoch and tonumber(epoch) > tonumber(ARGV[1]) then return redis.error_reply('STALE ' .. epoch) end
-local length = redis.call('XLEN', KEYS[2])
-if length < tonumber(ARGV[2]) then return redis.error_reply('GAP ' .. length) end
-if length == tonumber(ARGV[2]) then redis.call('XADD', KEYS[2], (ARGV[2] + 1) .. '-0', 't', ARGV[3]) end
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-return 1
+local function append(record, journal, epoch, index, token)
+  local current = redis.call('HGET', record, 'epoch')
+  if current and tonumber(current) > epoch then return 'STALE ' .. current end
+  local length = redis.call('XLEN', journal)
+  if length < index then return 'GAP ' .. length end
+  if length == index then redis.call('XADD', journal, (index + 1) .. '-0', 't', token) end
+  redis.call('PEXPIRE', journal, ARGV[1])
+  redis.call('PEXPIRE', record, ARGV[1])
+  return ''
+end
+local replies, position = {}, 1
+for number = 1, #KEYS / 2 do
+  local epoch, index, length, start = struct.unpack('<I4I4I2', ARGV[2], position)
+  position = start + length
+  local token = string.sub(ARGV[2], start, position - 1)
+  local ok, reply = pcall(append, KEYS[2 * number - 1], KEYS[2 * number], epoch, index, token)
+  if not ok then reply = 'ERROR ' .. (type(reply) == 'table' and reply.err or reply) end
+  replies[number] = reply
+end
+return replies
 """
+_ENTRY = struct.Struct("<IIH")
 # KEYS: record, journal. ARGV: the epoch known, TTL in ms, a name for this claim, owner, prompt_ids, sampling, then the
 # packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is written again.
 _TAKE_OVER = """
@@ -76,6 +91,21 @@ class SequenceKey:
     request_id: str
     choice: int = 0
 
+    @cached_property
+    def record(self) -> bytes:
+        """The key in Redis."""
+        return f"afd:request:{self._tag}:{self.choice}".encode()
+
+    @cached_property
+    def journal(self) -> bytes:
+        """The key in Redis."""
+        return f"afd:journal:{self._tag}:{self.choice}".encode()
+
+    @property
+    def _tag(self) -> str:
+        """The braces keep a request's keys on one node of a Redis Cluster."""
+        return "{" + self.request_id.replace("%", "%25").replace("}", "%7D") + "}"
+
 
 @dataclass(frozen=True)
 class RequestRecord:
@@ -88,8 +118,7 @@ class RequestRecord:
     status: Status = "running"
 
 
-@dataclass(frozen=True)
-class JournaledToken:
+class JournaledToken(NamedTuple):
     """All that is shown of a token but its text; the last one has a finish reason."""
 
     id: int
@@ -108,8 +137,7 @@ class JournaledToken:
         return cls(token_id, logprob, tops, _FINISH_REASONS[reason])
 
 
-@dataclass(frozen=True)
-class JournalEntry:
+class JournalEntry(NamedTuple):
     key: SequenceKey
     epoch: int
     index: int
@@ -122,6 +150,7 @@ class RequestStore:
     def __init__(self, redis: Redis, ttl_s: float) -> None:
         self.redis = redis
         self.ttl_ms = int(ttl_s * 1000)
+        self._is_cluster = isinstance(redis, RedisCluster)
         self._create = redis.register_script(_CREATE)
         self._append = redis.register_script(_APPEND)
         self._take_over = redis.register_script(_TAKE_OVER)
@@ -149,7 +178,7 @@ class RequestStore:
 
         async def ask() -> int:
             async with translated_errors():
-                return int(await self._create(keys=[_record_key(key), _journal_key(key)], args=[self.ttl_ms, *pairs]))
+                return int(await self._create(keys=[key.record, key.journal], args=[self.ttl_ms, *pairs]))
 
         return await patiently(ask, _PATIENCE_S)
 
@@ -170,10 +199,10 @@ class RequestStore:
         async def ask() -> list[JournaledToken]:
             async with translated_errors():
                 try:
-                    found = await self._take_over(keys=[_record_key(key), _journal_key(key)], args=known)
+                    found = await self._take_over(keys=[key.record, key.journal], args=known)
                 except ResponseError as error:
-                    if _is_refusal(error) and (refusal := _refusal(key, record.epoch, error)):
-                        raise refusal from None
+                    if str(error).startswith("STALE "):
+                        raise _refusal(key, record.epoch, str(error)) from None
                     raise
             return [JournaledToken.unpack(fields[1]) for _, fields in found]
 
@@ -190,35 +219,40 @@ class RequestStore:
             if any(isinstance(reply, NoScriptError) for reply in replies):
                 await self.redis.script_load(_APPEND)
                 replies = await self._append_all(entries)
-        results = [_refusal(entry.key, entry.epoch, reply) for entry, reply in zip(entries, replies, strict=True)]
+        results = [
+            _refusal(entry.key, entry.epoch, str(reply)) if reply else None
+            for entry, reply in zip(entries, replies, strict=True)
+        ]
         if entries and all(isinstance(result, PeerUnavailable) for result in results):
             raise cast(PeerUnavailable, results[0])
         return results
 
-    async def _append_all(self, entries: Sequence[JournalEntry]) -> list[object]:
+    async def _append_all(self, entries: Sequence[JournalEntry]) -> list[str | Exception]:
+        """A reply for each. Keys of different requests are on different nodes of a Cluster."""
+        groups: dict[str, list[int]] = {}  # positions of those that one call of the script takes
+        for position, entry in enumerate(entries):
+            groups.setdefault(entry.key.request_id if self._is_cluster else "", []).append(position)
         async with self.redis.pipeline(transaction=False) as pipe:
-            for entry in entries:
-                pipe.evalsha(
-                    self._append.sha,
-                    2,
-                    _record_key(entry.key),
-                    _journal_key(entry.key),
-                    entry.epoch,
-                    entry.index,
-                    entry.token.pack(),
-                    self.ttl_ms,
-                )
-            return cast(list[object], await pipe.execute(raise_on_error=False))
+            for group in groups.values():
+                keys = [key for i in group for key in (entries[i].key.record, entries[i].key.journal)]
+                packed = b"".join([_pack(entries[i]) for i in group])
+                pipe.evalsha(self._append.sha, len(keys), *keys, self.ttl_ms, packed)
+            answers = await pipe.execute(raise_on_error=False)
+        replies: list[str | Exception] = [""] * len(entries)
+        for group, answer in zip(groups.values(), answers, strict=True):
+            for number, position in enumerate(group):
+                replies[position] = answer if isinstance(answer, Exception) else answer[number].decode()
+        return replies
 
     async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
         async with translated_errors():
-            await self._finish(keys=[_record_key(key)], args=[epoch, self.ttl_ms, status])
+            await self._finish(keys=[key.record], args=[epoch, self.ttl_ms, status])
 
     async def record(self, key: SequenceKey) -> RequestRecord | None:
         """The record, or None once it has expired."""
         async with translated_errors():
-            fields = cast(dict[bytes, bytes], await self.redis.hgetall(_record_key(key)))
+            fields = cast(dict[bytes, bytes], await self.redis.hgetall(key.record))
         if b"prompt_ids" not in fields:
             return None
         packed = fields[b"prompt_ids"]
@@ -233,39 +267,25 @@ class RequestStore:
     async def journal(self, key: SequenceKey, start: int = 0) -> list[JournaledToken]:
         """The tokens from index `start` on."""
         async with translated_errors():
-            found = await self.redis.xrange(_journal_key(key), min=f"{start + 1}-0")
+            found = await self.redis.xrange(key.journal, min=f"{start + 1}-0")
             entries = cast(list[tuple[bytes, dict[bytes, bytes]]], found)
         return [JournaledToken.unpack(fields[b"t"]) for _, fields in entries]
 
 
-def _refusal(key: SequenceKey, epoch: int, reply: object) -> AfdError | None:
-    """What a reply of the scripts refuses, if it does."""
-    if not isinstance(reply, Exception):
-        return None
-    if not _is_refusal(reply):
-        return PeerUnavailable(f"Redis does not answer: {reply}")
-    kind, value = str(reply).split()
+def _refusal(key: SequenceKey, epoch: int, reply: str) -> AfdError:
+    """What a reply of the scripts refuses."""
+    kind, _, value = reply.partition(" ")
     if kind == "GAP":
         return JournalGap(f"request {key.request_id}: its journal was lost, it has {value} tokens", int(value))
-    return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
+    if kind == "STALE":
+        return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
+    return PeerUnavailable(f"Redis does not answer: {reply.removeprefix('ERROR ')}")
 
 
-def _is_refusal(reply: object) -> bool:
-    return isinstance(reply, ResponseError) and str(reply).startswith(("STALE ", "GAP "))
+def _pack(entry: JournalEntry) -> bytes:
+    token = entry.token.pack()
+    return _ENTRY.pack(entry.epoch, entry.index, len(token)) + token
 
 
 def _pack_ids(ids: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(ids)}I", *ids)
-
-
-def _record_key(key: SequenceKey) -> str:
-    return f"afd:request:{_tag(key)}:{key.choice}"
-
-
-def _journal_key(key: SequenceKey) -> str:
-    return f"afd:journal:{_tag(key)}:{key.choice}"
-
-
-def _tag(key: SequenceKey) -> str:
-    """The braces keep a request's keys on one node of a Redis Cluster."""
-    return "{" + key.request_id.replace("%", "%25").replace("}", "%7D") + "}"

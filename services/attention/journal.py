@@ -1,5 +1,6 @@
 """A token is journaled before it is shown, and the journal never holds up the next step: what the steps gave is written
-behind them, all that waits in one round trip, and then passed on to the streams.
+behind them, all that waits in one round trip, and then passed on to the streams. Steps that are fast share a round
+trip, which costs more than the tokens in it; first and last tokens do not wait for company.
 
 While Redis does not take tokens they are held back, within two bounds: for how long, and how many. A sequence beyond
 them ends with an error. What Redis has lost of a running sequence's journal is written again.
@@ -8,7 +9,9 @@ them ends with an error. What Redis has lost of a running sequence's journal is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -24,14 +27,16 @@ from services.attention.sequence import Sequence, TokenEvent
 log = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 1024  # deliveries, and tokens, in one round trip
+_PACE_S = 0.01  # between the beginnings of two round trips
 _RETRY_PAUSE_S = 0.2
 _SHORTEST_TRY_S = 1.0
 
 
 class _Held(NamedTuple):
-    """What is not shown yet, and since when."""
+    """What is not shown yet, what is to be journaled before, and since when."""
 
     delivery: Delivery
+    entry: JournalEntry | None
     since_s: float
 
 
@@ -59,6 +64,8 @@ class Journal:
         self._held: deque[_Held] = deque()
         self._num_writing = 0
         self._arrived = asyncio.Event()
+        self._pressing = asyncio.Event()  # something is there that does not wait for company
+        self._began_s = -math.inf  # the last round trip
         self._failed: WeakSet[Sequence] = WeakSet()  # nothing more of them is shown
         self._shown: WeakKeyDictionary[Sequence, _Shown] = WeakKeyDictionary()
 
@@ -75,7 +82,9 @@ class Journal:
                     f"tokens could not be journaled: {self.num_held} of them wait already, and no more may"
                 ))  # fmt: skip
             elif delivery.sequence not in self._failed:
-                self._held.append(_Held(delivery, now_s))
+                self._held.append(_Held(delivery, _entry(delivery), now_s))
+                if _is_pressing(delivery.event):
+                    self._pressing.set()
         self._arrived.set()
 
     async def run(self) -> None:
@@ -84,6 +93,7 @@ class Journal:
             await self._arrived.wait()
             self._arrived.clear()
             while self._held:
+                await self._wait_for_company()
                 failure = await self._pass_on()
                 if failure:
                     if not was_away:
@@ -94,12 +104,21 @@ class Journal:
                     log.info("tokens are journaled again")
                 was_away = failure is not None
 
+    async def _wait_for_company(self) -> None:
+        due_s = self._began_s + _PACE_S
+        if time.monotonic() < due_s and not self._pressing.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due_s - time.monotonic()):
+                    await self._pressing.wait()
+        self._pressing.clear()
+        self._began_s = time.monotonic()
+
     async def _pass_on(self) -> PeerUnavailable | None:
         """Writes the oldest tokens that wait, and shows those that are journaled. Returns why some have to wait on."""
         batch = self._take()
         if not batch:
             return None
-        entries = [_entry(held.delivery) for held in batch if _is_token(held)]
+        entries = [held.entry for held in batch if held.entry]
         self._num_writing = len(batch)
         refusals = iter(await self._append(entries, batch[0].since_s))
         self._num_writing = 0
@@ -107,7 +126,7 @@ class Journal:
         waiting: list[_Held] = []
         for held in batch:
             sequence = held.delivery.sequence
-            refusal = next(refusals) if _is_token(held) else None
+            refusal = next(refusals) if held.entry else None
             if sequence in self._failed:
                 continue
             if isinstance(refusal, PeerUnavailable | JournalGap):
@@ -115,7 +134,7 @@ class Journal:
             if sequence in reasons:
                 waiting.append(held)
             else:
-                self._show(held.delivery, refusal)
+                self._show(held, refusal)
         self._held.extendleft(reversed(waiting))
         await self._restore({s: reason for s, reason in reasons.items() if isinstance(reason, JournalGap)})
         return next((reason for reason in reasons.values() if isinstance(reason, PeerUnavailable)), None)
@@ -125,15 +144,17 @@ class Journal:
         taken = [self._held.popleft() for _ in range(min(len(self._held), _MOST_AT_ONCE))]
         return [held for held in taken if not held.delivery.sequence.cancelled]
 
-    def _show(self, delivery: Delivery, refusal: AfdError | None) -> None:
-        sequence, event = delivery.sequence, delivery.event
+    def _show(self, held: _Held, refusal: AfdError | None) -> None:
+        sequence = held.delivery.sequence
         if refusal:
             self._fail([sequence], refusal)
             return
-        if isinstance(event, TokenEvent):
-            shown = self._shown.setdefault(sequence, _Shown(event.index))
-            shown.tokens.append(_journaled(event))
-        sequence.outbox.put_nowait(event)
+        if held.entry:
+            shown = self._shown.get(sequence)
+            if shown is None:
+                shown = self._shown[sequence] = _Shown(held.entry.index)
+            shown.tokens.append(held.entry.token)
+        sequence.outbox.put_nowait(held.delivery.event)
 
     async def _append(self, entries: list[JournalEntry], since_s: float) -> list[AfdError | None]:
         """For each entry None, or why it is not journaled; PeerUnavailable if it may be tried again. The oldest of them
@@ -184,18 +205,16 @@ class Journal:
             sequence.outbox.put_nowait(error)
 
 
-def _is_token(held: _Held) -> bool:
-    return isinstance(held.delivery.event, TokenEvent)
+def _is_pressing(event: TokenEvent | AfdError) -> bool:
+    return isinstance(event, AfdError) or event.index == 0 or event.finish_reason is not None
 
 
-def _entry(delivery: Delivery) -> JournalEntry:
+def _entry(delivery: Delivery) -> JournalEntry | None:
     sequence, event = delivery.sequence, delivery.event
-    assert isinstance(event, TokenEvent)
-    return JournalEntry(sequence.key, sequence.epoch, event.index, _journaled(event))
-
-
-def _journaled(event: TokenEvent) -> JournaledToken:
-    return JournaledToken(event.token.id, event.token.logprob, event.token.top_logprobs, event.finish_reason)
+    if not isinstance(event, TokenEvent):
+        return None
+    token = JournaledToken(event.token.id, event.token.logprob, event.token.top_logprobs, event.finish_reason)
+    return JournalEntry(sequence.key, sequence.epoch, event.index, token)
 
 
 def _entries_again(sequence: Sequence, shown: _Shown, start: int) -> Iterable[JournalEntry]:
