@@ -3,6 +3,7 @@ say anything."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -49,8 +50,21 @@ def alternate(contenders: Mapping[str, Contender], loads: Sequence[Load], num_ro
     return rows
 
 
+def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rounds of several runs, for each of which the contenders were started anew; ratios are to the first run's
+    first contender."""
+    rounds: dict[Load, dict[str, list[float]]] = {}
+    for row in itertools.chain(*runs):
+        rounds.setdefault(row.load, {}).setdefault(row.contender, []).extend(row.rounds)
+    return [
+        Row(name, load, own, _ratio(own, next(iter(contenders.values()))))
+        for load, contenders in rounds.items()
+        for name, own in contenders.items()
+    ]
+
+
 def _warm_up(load: Load) -> Load:
-    return Load(load.streams, min(load.prompt_tokens, 64), min(load.output_tokens, 24))
+    return Load(load.streams, min(load.prompt_tokens, 64), min(load.output_tokens, 48))
 
 
 def _ratio(own: Sequence[float], first: Sequence[float]) -> float:
