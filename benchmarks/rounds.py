@@ -64,7 +64,7 @@ def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def _warm_up(load: Load) -> Load:
-    return Load(load.streams, min(load.prompt_tokens, 64), min(load.output_tokens, 48))
+    return Load(load.streams, min(load.prompt_tokens, 64), min(load.output_tokens, 128))
 
 
 def _ratio(own: Sequence[float], first: Sequence[float]) -> float:
