@@ -1,4 +1,4 @@
-"""grpcio's asyncio server, with two things mended that it leaves to whoever calls it."""
+"""grpcio's asyncio server, with what it leaves to whoever calls it mended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options = tuple[tuple[str, int], ...]
 
 def make_server(interceptors: Interceptors, options: Options) -> grpc.aio.Server:
     """A server for registered methods only."""
-    logging.getLogger(cygrpc.__name__).addFilter(_no_strangers_bytes)
+    logging.getLogger(cygrpc.__name__).addFilter(_is_of_ours)
     if hasattr(cygrpc.AioServer, "_request_registered_call"):
         return cast(grpc.aio.Server, _Server(interceptors, options))
     return grpc.aio.server(options=options, interceptors=interceptors)  # a release that reads paths one by one
@@ -43,6 +43,7 @@ class _Server(Server):
         self._server = _Calls(self._loop, None, (), interceptors, options, None)
 
 
-def _no_strangers_bytes(record: logging.LogRecord) -> bool:
-    """Metadata that is not UTF-8 is logged with a traceback: it is no fault of ours, and may be a key."""
-    return not str(record.msg).startswith("Invalid encoding on")
+def _is_of_ours(record: logging.LogRecord) -> bool:
+    """grpcio logs with a traceback what callers do: metadata that is not UTF-8, which may be a key, and to be gone just
+    when the status is sent."""
+    return not str(record.msg).startswith(("Invalid encoding on", "ExecuteBatchError raised in core"))

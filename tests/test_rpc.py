@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import weakref
 from collections.abc import AsyncIterator
 
@@ -78,3 +79,12 @@ async def test_call_that_was_refused_keeps_nothing() -> None:
             assert len(servicer.burdens) == 2
         finally:
             gc.enable()
+
+
+async def test_what_callers_do_is_not_logged_as_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc.serving(lambda server: None, (), "127.0.0.1", 0):
+        log = logging.getLogger("grpc._cython.cygrpc")
+        log.error("ExecuteBatchError raised in core by servicer method [/afd.v1.AttentionService/Decode]")
+        log.error("Invalid encoding on metadata")
+        log.error("Unexpected [ValueError] raised by servicer method")
+    assert [record.message for record in caplog.records] == ["Unexpected [ValueError] raised by servicer method"]
