@@ -4,6 +4,8 @@ with the tokens of an undisturbed run? `python -m benchmarks.chaos --model model
 Every request and every fault is a function of the seed (when a fault strikes a stream is not). A third of the requests
 comes over HTTP, as server-sent events. After the faults the same requests are asked once more, undisturbed and over
 gRPC, and compared token by token. Exit status 1 if anything was lost, wrong or shown twice, hung or leaked.
+
+As root the run has a small /dev/shm of its own, so that this can be filled, too.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import random
 import signal
 import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -41,6 +46,8 @@ _WATCH_S = 0.1
 _SETTLE_S = 20.0
 _NOTICED_S = 2.0  # after so long the mesh knows of a fault
 _LEASE_S = 2.0
+_CLONE_NEWNS = 0x20000  # of unshare(2): mounts of our own
+_SHM_SIZE = "256m"
 _LEAKS = ("afd_sequences_running", "afd_sequences_waiting", "afd_kv_blocks_used", "afd_ffn_queue_frames")
 
 
@@ -128,6 +135,26 @@ async def _freeze_redis(arena: Arena, chooser: random.Random) -> str:
     return f"redis for {seconds:.1f} s"
 
 
+async def _fill_shared_memory(arena: Arena, chooser: random.Random) -> str:
+    seconds = chooser.uniform(0.3, 6.0)
+    with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 20))
+        await asyncio.sleep(seconds)
+    return f"/dev/shm for {seconds:.1f} s"
+
+
+def own_shared_memory() -> bool:
+    """From now on this process and its children have a small /dev/shm to themselves; False without the right to it."""
+    if ctypes.CDLL(None).unshare(_CLONE_NEWNS):
+        return False
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SHM_SIZE}", "tmpfs", "/dev/shm"], check=True)
+    return True
+
+
+FILLING = "full /dev/shm"
 FAULTS: dict[str, Strike] = {
     **{f"SIGKILL {role}": _send(role, signal.SIGKILL) for role in ("gateway", "attention", "ffn")},
     **{f"SIGTERM {role}": _send(role, signal.SIGTERM) for role in ("gateway", "attention", "ffn")},
@@ -137,6 +164,7 @@ FAULTS: dict[str, Strike] = {
     "slow link": _slow_down,
     "SIGKILL redis": _kill_redis,
     "SIGSTOP redis": _freeze_redis,
+    FILLING: _fill_shared_memory,
 }
 
 
@@ -155,8 +183,10 @@ async def strike_one_by_one(
     return done
 
 
-async def strike_at_random(arena: Arena, chooser: random.Random, until: float, mean_s: float) -> list[Fault]:
-    """Faults of all kinds, each kind as often as the others, one about every mean_s; several can go on at once."""
+async def strike_at_random(
+    arena: Arena, chooser: random.Random, until: float, kinds: Sequence[str], mean_s: float
+) -> list[Fault]:
+    """Faults of these kinds, each kind as often as the others, one about every mean_s; several can go on at once."""
     done: list[Fault] = []
     under_way: set[asyncio.Task[None]] = set()
     deck: list[str] = []
@@ -168,7 +198,7 @@ async def strike_at_random(arena: Arena, chooser: random.Random, until: float, m
 
     while time.monotonic() < until:
         if not deck:
-            deck = list(FAULTS)
+            deck = list(kinds)
             chooser.shuffle(deck)
         task = asyncio.create_task(strike(deck.pop()))
         under_way.add(task)
@@ -187,7 +217,7 @@ class Plan:
     minutes: float
     streams: int
     every_s: float
-    only: str | None  # one kind of fault, one after the other
+    kinds: Sequence[str]  # of faults; those of one kind alone come one after the other
     options: MeshOptions
 
 
@@ -281,10 +311,10 @@ async def run(plan: Plan, arena: Arena, notes: Console) -> Outcome:
         until = began + 60 * plan.minutes
         askers: dict[Api, Asker] = {"gRPC": GrpcAsker(client), "HTTP": http}
         asking = [asyncio.create_task(keep_asking(askers, until, model.vocab_size)) for _ in range(plan.streams)]
-        if plan.only:
-            strikes = strike_one_by_one(arena, chooser, until, plan.only, plan.every_s)
+        if len(plan.kinds) == 1:
+            strikes = strike_one_by_one(arena, chooser, until, plan.kinds[0], plan.every_s)
         else:
-            strikes = strike_at_random(arena, chooser, until, plan.every_s)
+            strikes = strike_at_random(arena, chooser, until, plan.kinds, plan.every_s)
         striking = asyncio.create_task(strikes)
         await _show_progress(notes, until, answers, plan.minutes)
         faults = await striking
@@ -440,7 +470,13 @@ def main() -> None:
         settings={"lease_s": str(_LEASE_S), "log_level": "error", "drain_timeout_s": "2"},
     )
     console, notes = Console(), Console(stderr=True)
-    plan = Plan(arguments.seed, arguments.minutes, arguments.streams, arguments.every, arguments.only, options)
+    kinds = [arguments.only] if arguments.only else list(FAULTS)
+    if FILLING in kinds and not own_shared_memory():
+        notes.print(f"no {FILLING}: it takes root, so that none but this run's own is filled", style="dim")
+        kinds.remove(FILLING)
+    if not kinds:
+        sys.exit(2)
+    plan = Plan(arguments.seed, arguments.minutes, arguments.streams, arguments.every, kinds, options)
     with arena_of(options) as arena:
         outcome = asyncio.run(run(plan, arena, notes))
     for part in report(outcome):

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 
 
 @contextlib.contextmanager
-def running_up(model: Path, ready: Path, *arguments: object) -> Iterator[tuple[psutil.Process, dict[str, Any]]]:
-    """`afd up` on free ports, and what its ready file says."""
+def running_up(
+    model: Path, ready: Path, *arguments: object, run_by: Sequence[str] = ()
+) -> Iterator[tuple[psutil.Process, dict[str, Any]]]:
+    """`afd up` on free ports, and what its ready file says; `run_by` is a command that runs another one."""
     ports = ("--grpc-port", "0", "--http-port", "0")
-    command = [*AFD, "up", "--model", model, "--dtype", "float32", *ports, "--ready-file", ready, *arguments]
+    command = [*run_by, *AFD, "up", "--model", model, "--dtype", "float32", *ports, "--ready-file", ready, *arguments]
     process = psutil.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
