@@ -164,6 +164,9 @@ class AttentionSettings(ComputeSettings):
         30.0, description="longest wait for one FFN answer before its replica counts as lost"
     )
     ffn_recovery_s: Seconds = Field(30.0, description="longest wait for a lost FFN shard before its requests fail")
+    journal_pace_s: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.02, description="shortest time between two writes of tokens to Redis; tokens of faster steps come together"
+    )
     journal_patience_s: Seconds = Field(
         10.0, description="longest that tokens are held back while Redis does not take them, before their requests fail"
     )

@@ -123,12 +123,9 @@ async def test_a_write_has_a_bounded_size(
     assert [len(write) for write in store.writes] == [4, 4, 2]
 
 
-async def test_fast_steps_share_a_write(
-    store: FakeStore, make_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal_module, "_PACE_S", 0.5)
+async def test_fast_steps_share_a_write(store: FakeStore, make_journal: Callable[..., Journal]) -> None:
     one = sequence("one")
-    async with running(make_journal()) as journal:
+    async with running(make_journal(pace_s=0.5)) as journal:
         for _ in range(21):
             journal.put(tokens(one))
             await asyncio.sleep(0.001)
@@ -136,13 +133,10 @@ async def test_fast_steps_share_a_write(
     assert [len(write) for write in store.writes] == [1, 20]
 
 
-async def test_first_and_last_tokens_and_errors_are_written_at_once(
-    make_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal_module, "_PACE_S", 10 * PATIENCE_S)
+async def test_first_and_last_tokens_and_errors_are_written_at_once(make_journal: Callable[..., Journal]) -> None:
     one, other = sequence("one"), sequence("other")
     other.params = SamplingParams(max_tokens=3)
-    async with running(make_journal()) as journal:
+    async with running(make_journal(pace_s=10 * PATIENCE_S)) as journal:
         journal.put(tokens(one))
         assert await shown(one, 1) == ids(0, 1)
         journal.put(tokens(one) + tokens(other))

@@ -258,7 +258,7 @@ async def test_a_stream_can_be_read_from_any_token_on(store: RequestStore) -> No
 async def test_a_token_written_twice_is_there_once_and_as_it_was_first(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.append(entries(0, 1, 2))
-    again = [entry._replace(token=JournaledToken(7, 0.0)) for entry in entries(1, 2)]
+    again = [replace(entry, token=JournaledToken(7, 0.0)) for entry in entries(1, 2)]
     assert await store.append([*again, *entries(3)]) == [None] * 3
     assert await token_ids(store) == [100, 101, 102, 103]
 

@@ -137,7 +137,8 @@ class JournaledToken(NamedTuple):
         return cls(token_id, logprob, tops, _FINISH_REASONS[reason])
 
 
-class JournalEntry(NamedTuple):
+@dataclass(frozen=True)
+class JournalEntry:
     key: SequenceKey
     epoch: int
     index: int

@@ -67,7 +67,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
     async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         store = RequestStore(redis, settings.journal_ttl_s)
-        journal = Journal(store, settings.journal_patience_s, settings.journal_held_tokens)
+        journal = Journal(store, settings.journal_pace_s, settings.journal_patience_s, settings.journal_held_tokens)
         tracer = StepTracer()
 
         def deliver(deliveries: list[Delivery]) -> None:

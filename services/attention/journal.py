@@ -27,7 +27,6 @@ from services.attention.sequence import Sequence, TokenEvent
 log = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 1024  # deliveries, and tokens, in one round trip
-_PACE_S = 0.01  # between the beginnings of two round trips
 _RETRY_PAUSE_S = 0.2
 _SHORTEST_TRY_S = 1.0
 
@@ -56,8 +55,11 @@ class JournalCounters:
 
 
 class Journal:
-    def __init__(self, store: RequestStore, patience_s: float = 10.0, most_held: int = 100_000) -> None:
+    def __init__(
+        self, store: RequestStore, pace_s: float = 0.02, patience_s: float = 10.0, most_held: int = 100_000
+    ) -> None:
         self.store = store
+        self.pace_s = pace_s
         self.patience_s = patience_s
         self.most_held = most_held
         self.counters = JournalCounters()
@@ -105,7 +107,7 @@ class Journal:
                 was_away = failure is not None
 
     async def _wait_for_company(self) -> None:
-        due_s = self._began_s + _PACE_S
+        due_s = self._began_s + self.pace_s
         if time.monotonic() < due_s and not self._pressing.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_s - time.monotonic()):
