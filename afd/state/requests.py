@@ -46,7 +46,7 @@ local function append(record, journal, epoch, index, token)
 end
 local replies, position = {}, 1
 for number = 1, #KEYS / 2 do
-  local epoch, index, length, start = struct.unpack('<I4I4I2', ARGV[2], position)
+  local epoch, index, length, start = struct.unpack('<I8I8I2', ARGV[2], position)
   position = start + length
   local token = string.sub(ARGV[2], start, position - 1)
   local ok, reply = pcall(append, KEYS[2 * number - 1], KEYS[2 * number], epoch, index, token)
@@ -55,7 +55,7 @@ for number = 1, #KEYS / 2 do
 end
 return replies
 """
-_ENTRY = struct.Struct("<IIH")
+_ENTRY = struct.Struct("<QQH")  # epoch, index, length of the packed token
 # KEYS: record, journal. ARGV: the epoch known, TTL in ms, a name for this claim, owner, prompt_ids, sampling, then the
 # packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is written again.
 _TAKE_OVER = """
