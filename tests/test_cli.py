@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def model(make_model: Callable[[int], Model]) -> Model:
     return make_model(4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_up_tells_where_things_are_and_leaves_nothing_behind(
     model: Model, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -230,44 +231,58 @@ def test_busy_port_is_a_sentence(model: Model) -> None:
             assert_refused(result, f"127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "words"),
-    [
-        (["up", "--model", "/nowhere"], {}, "/nowhere is no model directory: it has no config.json"),
-        (["up"], {}, "--model"),
-        (["up", "--model", "M", "--ffn", "-1"], {}, "--ffn"),
-        (["up", "--model", "M", "--microbatches", "0"], {}, "a number from 1 to 64, or auto"),
-        (["up", "--model", "M", "--attention", "0"], {}, "--attention"),
-        (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
-        (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),
-        (["up", "--model", "M", "--device", "cuda:77"], {}, "no such GPU"),
-        (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
-        (["up", "--model", "M", "--redis", "http://x"], {}, "no Redis answers at http://x"),
-        (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
-        (
-            ["up", "--model", "M"],
-            {"AFD_BLOK_SIZE": "4"},
-            "no such setting: AFD_BLOK_SIZE, did you mean AFD_BLOCK_SIZE?",
-        ),
-        (["up", "--model", "M"], {"AFD_BLOCK_SIZE": "four"}, "AFD_BLOCK_SIZE=four"),
-        (["up", "--model", "M"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
-        (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
-        (["up", "--model", "M", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
-        (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),
-        (["bench", "--model", "M", "--streams", "many"], {}, "--streams many"),
-        (["bench", "--model", "M", "--streams", "0"], {}, "at least 1"),
-        (["trace", "/nowhere"], {}, "/nowhere"),
-        (["make-checkpoint", "/proc/nowhere"], {}, "cannot be written"),
-        (["make-checkpoint", "T", "--experts", "2", "--top-k", "3"], {}, "moe_top_k"),
-        (["make-checkpoint", "T", "--head-dim", "7"], {}, "head_dim"),
-        (["nonsense"], {}, "nonsense"),
-    ],
-)
+REFUSED: list[tuple[list[str], dict[str, str], str]] = [
+    (["up", "--model", "/nowhere"], {}, "/nowhere is no model directory: it has no config.json"),
+    (["up"], {}, "--model"),
+    (["up", "--model", "M", "--ffn", "-1"], {}, "--ffn"),
+    (["up", "--model", "M", "--microbatches", "0"], {}, "a number from 1 to 64, or auto"),
+    (["up", "--model", "M", "--attention", "0"], {}, "--attention"),
+    (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
+    (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),
+    (["up", "--model", "M", "--device", "cuda:77"], {}, "no such GPU"),
+    (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
+    (["up", "--model", "M", "--redis", "http://x"], {}, "no Redis answers at http://x"),
+    (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
+    (
+        ["up", "--model", "M"],
+        {"AFD_BLOK_SIZE": "4"},
+        "no such setting: AFD_BLOK_SIZE, did you mean AFD_BLOCK_SIZE?",
+    ),
+    (["up", "--model", "M"], {"AFD_BLOCK_SIZE": "four"}, "AFD_BLOCK_SIZE=four"),
+    (["up", "--model", "M"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
+    (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
+    (["up", "--model", "M", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
+    (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),
+    (["bench", "--model", "M", "--streams", "many"], {}, "--streams many"),
+    (["bench", "--model", "M", "--streams", "0"], {}, "at least 1"),
+    (["trace", "/nowhere"], {}, "/nowhere"),
+    (["make-checkpoint", "/proc/nowhere"], {}, "cannot be written"),
+    (["make-checkpoint", "T", "--experts", "2", "--top-k", "3"], {}, "moe_top_k"),
+    (["make-checkpoint", "T", "--head-dim", "7"], {}, "head_dim"),
+    (["nonsense"], {}, "nonsense"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    make_model: Callable[[int], Model], tmp_path_factory: pytest.TempPathFactory
+) -> list[subprocess.CompletedProcess[str]]:
+    """Of all of REFUSED, several at once: most of their time they wait."""
+    places = {"M": str(make_model(4).path), "T": str(tmp_path_factory.mktemp("made") / "model")}
+
+    def ask(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
+        arguments, environment, _ = case
+        return afd(*[places.get(argument, argument) for argument in arguments], **environment)
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(ask, REFUSED))
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(case[0]) for case in REFUSED])
 def test_what_cannot_work_is_refused_in_a_sentence(
-    model: Model, tmp_path: Path, arguments: list[str], environment: dict[str, str], words: str
+    refusals: list[subprocess.CompletedProcess[str]], number: int
 ) -> None:
-    places = {"M": str(model.path), "T": str(tmp_path / "made")}
-    assert_refused(afd(*[places.get(argument, argument) for argument in arguments], **environment), words)
+    assert_refused(refusals[number], REFUSED[number][2])
 
 
 def test_damaged_checkpoint_is_refused_in_a_sentence(model: Model, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def kill(mesh: Mesh, name: str, number: signal.Signals = signal.SIGKILL) -> None
         process.wait(10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_request_survives_a_lost_ffn_shard_that_comes_back(
     make_model: Callable[[int], Model], start_mesh: StartMesh, number: signal.Signals
 ) -> None:
@@ -94,7 +94,9 @@ def test_lost_ffn_replica_costs_its_frames_a_moment_while_another_one_of_the_sha
     assert max(after - before for before, after in itertools.pairwise(times)) < 2
 
 
-@pytest.mark.parametrize("handoff", [pytest.param("nixl", marks=needs_nixl), "shm"])
+@pytest.mark.parametrize(
+    "handoff", [pytest.param("nixl", marks=needs_nixl), pytest.param("shm", marks=pytest.mark.slow)]
+)
 def test_kill_9_of_either_side_leaves_nothing_in_shared_memory(
     make_model: Callable[[int], Model], start_mesh: StartMesh, handoff: str
 ) -> None:

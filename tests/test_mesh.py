@@ -18,7 +18,6 @@ TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (1, 2), (2, 3)]
 # How frames cross, attention replicas, FFN shards, microbatches.
 CROSSINGS = list(itertools.product(("nixl", "shm", "inline"), ((1, 1), (2, 1), (1, 3), (3, 2)), (1, 2, 3, 4)))
 SOME_CROSSINGS = [  # every value of each, beside those of the tests above, where shm is what is negotiated
-    ("nixl", (1, 1), 1),
     ("nixl", (2, 1), 3),
     ("nixl", (1, 3), 2),
     ("nixl", (3, 2), 4),

@@ -72,7 +72,7 @@ def check(model: Model, tokens: list[Token]) -> None:
     model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stream_goes_on_when_its_gateway_is_back(model: Model, start_mesh: StartMesh, number: signal.Signals) -> None:
     with start_mesh(model.path, 1, 1, lease_s=1, drain_timeout_s=0.05) as mesh:
 

@@ -312,6 +312,11 @@ async def test_a_refusal_leaves_the_other_sequences_alone(store: RequestStore) -
     assert (await token_ids(store), await token_ids(store, other)) == ([], [100])
 
 
+async def test_an_epoch_may_be_as_large_as_the_protocol_has_them(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    assert await store.append(entries(0, epoch=2**64 - 1)) == [None]
+
+
 async def test_a_stale_owner_cannot_take_a_request_back(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.take_over(KEY, replace(RECORD, owner="attention-2"))
