@@ -354,3 +354,12 @@ def test_more_min_tokens_than_max_tokens_are_refused() -> None:
 )
 def test_the_ends_of_every_range_are_accepted(params: SamplingParams) -> None:
     params.check(vocab_size=10)
+
+
+def test_rounding_of_equal_logits_does_not_change_a_draw() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (4 * torch.rand(150, generator=generator)).repeat(2).expand(200, -1)  # each there twice
+    rows = [row(SamplingParams(top_k=300, temperature=0.8, seed=seed)) for seed in range(200)]
+    rounded = logits + 1e-6 * torch.randn(200, 300, generator=generator)
+    ids = [[token.id for token in sample(each.contiguous(), rows)] for each in (logits, rounded)]
+    assert ids[0] == ids[1]

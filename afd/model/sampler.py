@@ -103,7 +103,8 @@ def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
 
 
 def _draw_filtered(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-    """The same over the tokens that min-p, top-k and then top-p leave, most likely first."""
+    """The same over the tokens that min-p, top-k and then top-p leave; they keep their places, so that two of nearly
+    the same probability, whose order is a matter of rounding, do not change the draw."""
     probs, order = _probs(logits, rows).sort(dim=-1, descending=True, stable=True)
     vocab_size = probs.shape[-1]
 
@@ -117,7 +118,7 @@ def _draw_filtered(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     before = probs.cumsum(dim=-1) - probs  # the mass of the likelier tokens
     top_p = column([row.params.top_p or 1.0 for row in rows])
     probs = probs.where((before < top_p) | (rank == 0), 0.0)
-    return order.gather(1, _invert(probs, rows)[:, None])[:, 0]
+    return _invert(torch.zeros_like(probs).scatter(1, order, probs), rows)
 
 
 def _invert(probs: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
