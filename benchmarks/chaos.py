@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import psutil
 from rich.console import Console
@@ -138,11 +138,15 @@ async def _freeze_redis(arena: Arena, chooser: random.Random) -> str:
 async def _fill_shared_memory(arena: Arena, chooser: random.Random) -> str:
     seconds = chooser.uniform(0.3, 6.0)
     with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 20))
+        await asyncio.to_thread(_fill, file)  # the clients' loop goes on meanwhile
         await asyncio.sleep(seconds)
     return f"/dev/shm for {seconds:.1f} s"
+
+
+def _fill(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
 
 
 def own_shared_memory() -> bool:
@@ -399,8 +403,17 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
         if isinstance(value, int | float):
             sums.add_row(name, f"{value:g}")
     yield sums
-    for number in (*outcome.lost, *outcome.wrong)[:10]:
-        yield f"request {number}: {outcome.answers[number].error or 'other tokens than undisturbed'}"
+    yield from (f"request {number}: {outcome.answers[number].error}" for number in outcome.lost[:10])
+    yield from (f"request {number}: {_first_difference(outcome, number)}" for number in outcome.wrong[:10])
+
+
+def _first_difference(outcome: Outcome, number: int) -> str:
+    seen, expected = outcome.answers[number].tokens, outcome.expected[number].tokens
+    question = outcome.questions[number]
+    places = seen.keys() if question.leaves_after else seen.keys() | expected.keys()
+    place = min(place for place in places if seen.get(place) != expected.get(place))
+    difference = f"token {seen.get(place)} instead of {expected.get(place)} at (choice, index) {place}"
+    return f"{difference}, asked with {question.options}"
 
 
 def _counts_of(outcome: Outcome, api: Api) -> dict[str, int]:

@@ -267,7 +267,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 def refusals(
     make_model: Callable[[int], Model], tmp_path_factory: pytest.TempPathFactory
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Of all of REFUSED, several at once: most of their time they wait."""
+    """Of all of REFUSED, several at once: each is a process that imports everything first."""
     places = {"M": str(make_model(4).path), "T": str(tmp_path_factory.mktemp("made") / "model")}
 
     def ask(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:

@@ -92,13 +92,13 @@ class SequenceKey:
     choice: int = 0
 
     @cached_property
-    def record(self) -> bytes:
-        """The key in Redis."""
+    def record_key(self) -> bytes:
+        """In Redis."""
         return f"afd:request:{self._tag}:{self.choice}".encode()
 
     @cached_property
-    def journal(self) -> bytes:
-        """The key in Redis."""
+    def journal_key(self) -> bytes:
+        """In Redis."""
         return f"afd:journal:{self._tag}:{self.choice}".encode()
 
     @property
@@ -179,7 +179,7 @@ class RequestStore:
 
         async def ask() -> int:
             async with translated_errors():
-                return int(await self._create(keys=[key.record, key.journal], args=[self.ttl_ms, *pairs]))
+                return int(await self._create(keys=[key.record_key, key.journal_key], args=[self.ttl_ms, *pairs]))
 
         return await patiently(ask, _PATIENCE_S)
 
@@ -200,7 +200,7 @@ class RequestStore:
         async def ask() -> list[JournaledToken]:
             async with translated_errors():
                 try:
-                    found = await self._take_over(keys=[key.record, key.journal], args=known)
+                    found = await self._take_over(keys=[key.record_key, key.journal_key], args=known)
                 except ResponseError as error:
                     if str(error).startswith("STALE "):
                         raise _refusal(key, record.epoch, str(error)) from None
@@ -235,7 +235,7 @@ class RequestStore:
             groups.setdefault(entry.key.request_id if self._is_cluster else "", []).append(position)
         async with self.redis.pipeline(transaction=False) as pipe:
             for group in groups.values():
-                keys = [key for i in group for key in (entries[i].key.record, entries[i].key.journal)]
+                keys = [key for i in group for key in (entries[i].key.record_key, entries[i].key.journal_key)]
                 packed = b"".join([_pack(entries[i]) for i in group])
                 pipe.evalsha(self._append.sha, len(keys), *keys, self.ttl_ms, packed)
             answers = await pipe.execute(raise_on_error=False)
@@ -248,12 +248,12 @@ class RequestStore:
     async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
         async with translated_errors():
-            await self._finish(keys=[key.record], args=[epoch, self.ttl_ms, status])
+            await self._finish(keys=[key.record_key], args=[epoch, self.ttl_ms, status])
 
     async def record(self, key: SequenceKey) -> RequestRecord | None:
         """The record, or None once it has expired."""
         async with translated_errors():
-            fields = cast(dict[bytes, bytes], await self.redis.hgetall(key.record))
+            fields = cast(dict[bytes, bytes], await self.redis.hgetall(key.record_key))
         if b"prompt_ids" not in fields:
             return None
         packed = fields[b"prompt_ids"]
@@ -268,7 +268,7 @@ class RequestStore:
     async def journal(self, key: SequenceKey, start: int = 0) -> list[JournaledToken]:
         """The tokens from index `start` on."""
         async with translated_errors():
-            found = await self.redis.xrange(key.journal, min=f"{start + 1}-0")
+            found = await self.redis.xrange(key.journal_key, min=f"{start + 1}-0")
             entries = cast(list[tuple[bytes, dict[bytes, bytes]]], found)
         return [JournaledToken.unpack(fields[b"t"]) for _, fields in entries]
 

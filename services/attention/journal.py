@@ -107,6 +107,7 @@ class Journal:
                 was_away = failure is not None
 
     async def _wait_for_company(self) -> None:
+        """Until pace_s after the last round trip began, or something is there that is not to wait."""
         due_s = self._began_s + self.pace_s
         if time.monotonic() < due_s and not self._pressing.is_set():
             with contextlib.suppress(TimeoutError):
