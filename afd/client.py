@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class Stream:
         self._urgency = urgency
         self._call = client._ask(request, urgency)
         self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
+        self._unread: deque[Token] = deque()  # came with those that are shown
         self._lost_at: float | None = None
         self._is_begun = False
         self.request_id = request.request_id
@@ -124,17 +126,18 @@ class Stream:
 
     async def __anext__(self) -> Token:
         """Raises the error of `afd.errors` that ended the request."""
-        while True:
+        while not self._unread:
             try:
-                while (response := await read(self._call)) is not None:
-                    if response.WhichOneof("event") == "token":
-                        return self._shown(_token(response.token))
+                if (response := await read(self._call)) is None:
+                    raise StopAsyncIteration
+                if response.HasField("started"):
                     self._is_begun = True
                     self.num_prompt_tokens = response.started.num_prompt_tokens
-                raise StopAsyncIteration
+                self._unread.extend(map(_token, response.tokens))
             except grpc.aio.AioRpcError as error:
                 if not await self._resume(to_error(error)):
                     raise to_error(error) from None  # a variable would keep it, and it the call and its connection
+        return self._shown(self._unread.popleft())
 
     def _shown(self, token: Token) -> Token:
         self._lost_at = None
@@ -160,6 +163,7 @@ class Stream:
         return True
 
     async def aclose(self) -> None:
+        self._unread.clear()
         self._call.cancel()
 
     def __del__(self) -> None:

@@ -121,14 +121,14 @@ class StubAttention(attention_pb2_grpc.AttentionServiceServicer):
         for index in range(last + 1):
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due += interval_s
-            yield _token(index, is_last=index == last)
+            yield attention_pb2.DecodeResponse(tokens=[_token(index, is_last=index == last)])
 
     async def GetLoad(self, request: attention_pb2.GetLoadRequest, context: object) -> attention_pb2.GetLoadResponse:
         return attention_pb2.GetLoadResponse()
 
 
-def _token(index: int, *, is_last: bool) -> attention_pb2.DecodeResponse:
-    return attention_pb2.DecodeResponse(
+def _token(index: int, *, is_last: bool) -> attention_pb2.DecodedToken:
+    return attention_pb2.DecodedToken(
         index=index,
         id=_FIRST_LETTER + index % _NUM_LETTERS,
         logprob=now_stamp(),
@@ -217,14 +217,15 @@ async def through_gateway(channel: grpc.aio.Channel, load: Load) -> Stamps:
     prompt = gateway_pb2.TokenIds(ids=_PROMPT)
     request = gateway_pb2.GenerateRequest(token_ids=prompt, sampling=_sampling(load))
     async for response in gateway_pb2_grpc.GatewayServiceStub(channel).Generate(request, timeout=_LONGEST_LOAD_S):
-        if response.HasField("token"):
-            yield response.token.logprob
+        for token in response.tokens:
+            yield token.logprob
 
 
 async def directly(channel: grpc.aio.Channel, load: Load) -> Stamps:
     request = attention_pb2.DecodeRequest(token_ids=_PROMPT, epoch=1, sampling=_sampling(load))
     async for response in attention_pb2_grpc.AttentionServiceStub(channel).Decode(request, timeout=_LONGEST_LOAD_S):
-        yield response.logprob
+        for token in response.tokens:
+            yield token.logprob
 
 
 READERS: dict[Way, Callable[[grpc.aio.Channel, Load], Stamps]] = {"gateway": through_gateway, "direct": directly}

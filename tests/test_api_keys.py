@@ -75,7 +75,7 @@ async def metered(
 ) -> AsyncGenerator[int, None]:
     async with gatekeeper.admitted(caller, [wanted]) as account:
         async for token in tokens:
-            account.count_token()
+            account.count(1)
             yield token
 
 

@@ -26,6 +26,12 @@ class DecodeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_generated: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[DecodedToken]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[DecodedToken, _Mapping]]] = ...) -> None: ...
+
+class DecodedToken(_message.Message):
     __slots__ = ("index", "id", "logprob", "top_logprobs", "finish_reason")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]

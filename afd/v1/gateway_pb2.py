@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from afd.v1 import sampling_pb2 as afd_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61\x66\x64/v1/gateway.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.afd.v1.ChatMessage\"\xc0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.afd.v1.TokenIdsH\x00\x12\x1c\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0c.afd.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x11\x42\x08\n\x06prompt\"h\n\x10GenerateResponse\x12\"\n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.StartedH\x00\x12\'\n\x05token\x18\x02 \x01(\x0b\x32\x16.afd.v1.GeneratedTokenH\x00\x42\x07\n\x05\x65vent\"8\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\xb3\x01\n\x0eGeneratedToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\n\n\x02id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x14.afd.v1.FinishReason\"I\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x10\n\x08priority\x18\x03 \x01(\x11\"f\n\x0eResumeResponse\x12\"\n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.StartedH\x00\x12\'\n\x05token\x18\x02 \x01(\x0b\x32\x16.afd.v1.GeneratedTokenH\x00\x42\x07\n\x05\x65vent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"|\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r2\x84\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x17.afd.v1.GenerateRequest\x1a\x18.afd.v1.GenerateResponse0\x01\x12\x39\n\x06Resume\x12\x15.afd.v1.ResumeRequest\x1a\x16.afd.v1.ResumeResponse0\x01\x12\x37\n\x06\x43\x61ncel\x12\x15.afd.v1.CancelRequest\x1a\x16.afd.v1.CancelResponse\x12=\n\x08GetModel\x12\x17.afd.v1.GetModelRequest\x1a\x18.afd.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61\x66\x64/v1/gateway.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.afd.v1.ChatMessage\"\xc0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.afd.v1.TokenIdsH\x00\x12\x1c\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0c.afd.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x11\x42\x08\n\x06prompt\"\\\n\x10GenerateResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"8\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\xb3\x01\n\x0eGeneratedToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\n\n\x02id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x14.afd.v1.FinishReason\"I\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x10\n\x08priority\x18\x03 \x01(\x11\"Z\n\x0eResumeResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"|\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r2\x84\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x17.afd.v1.GenerateRequest\x1a\x18.afd.v1.GenerateResponse0\x01\x12\x39\n\x06Resume\x12\x15.afd.v1.ResumeRequest\x1a\x16.afd.v1.ResumeResponse0\x01\x12\x37\n\x06\x43\x61ncel\x12\x15.afd.v1.CancelRequest\x1a\x16.afd.v1.CancelResponse\x12=\n\x08GetModel\x12\x17.afd.v1.GetModelRequest\x1a\x18.afd.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,23 +41,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=174
   _globals['_GENERATEREQUEST']._serialized_end=366
   _globals['_GENERATERESPONSE']._serialized_start=368
-  _globals['_GENERATERESPONSE']._serialized_end=472
-  _globals['_STARTED']._serialized_start=474
-  _globals['_STARTED']._serialized_end=530
-  _globals['_GENERATEDTOKEN']._serialized_start=533
-  _globals['_GENERATEDTOKEN']._serialized_end=712
-  _globals['_RESUMEREQUEST']._serialized_start=714
-  _globals['_RESUMEREQUEST']._serialized_end=787
-  _globals['_RESUMERESPONSE']._serialized_start=789
-  _globals['_RESUMERESPONSE']._serialized_end=891
-  _globals['_CANCELREQUEST']._serialized_start=893
-  _globals['_CANCELREQUEST']._serialized_end=928
-  _globals['_CANCELRESPONSE']._serialized_start=930
-  _globals['_CANCELRESPONSE']._serialized_end=961
-  _globals['_GETMODELREQUEST']._serialized_start=963
-  _globals['_GETMODELREQUEST']._serialized_end=980
-  _globals['_GETMODELRESPONSE']._serialized_start=982
-  _globals['_GETMODELRESPONSE']._serialized_end=1106
-  _globals['_GATEWAYSERVICE']._serialized_start=1109
-  _globals['_GATEWAYSERVICE']._serialized_end=1369
+  _globals['_GENERATERESPONSE']._serialized_end=460
+  _globals['_STARTED']._serialized_start=462
+  _globals['_STARTED']._serialized_end=518
+  _globals['_GENERATEDTOKEN']._serialized_start=521
+  _globals['_GENERATEDTOKEN']._serialized_end=700
+  _globals['_RESUMEREQUEST']._serialized_start=702
+  _globals['_RESUMEREQUEST']._serialized_end=775
+  _globals['_RESUMERESPONSE']._serialized_start=777
+  _globals['_RESUMERESPONSE']._serialized_end=867
+  _globals['_CANCELREQUEST']._serialized_start=869
+  _globals['_CANCELREQUEST']._serialized_end=904
+  _globals['_CANCELRESPONSE']._serialized_start=906
+  _globals['_CANCELRESPONSE']._serialized_end=937
+  _globals['_GETMODELREQUEST']._serialized_start=939
+  _globals['_GETMODELREQUEST']._serialized_end=956
+  _globals['_GETMODELRESPONSE']._serialized_start=958
+  _globals['_GETMODELRESPONSE']._serialized_end=1082
+  _globals['_GATEWAYSERVICE']._serialized_start=1085
+  _globals['_GATEWAYSERVICE']._serialized_end=1345
 # @@protoc_insertion_point(module_scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from opentelemetry import trace
@@ -20,6 +21,7 @@ from services.attention.sequence import Sequence, TokenEvent
 from services.attention.timeline import PARTS
 
 _RETRY_AFTER_S = 1.0
+_MOST_AT_ONCE = 256  # tokens: a message has a limit
 
 
 class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
@@ -40,13 +42,11 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             self.engine.submit(sequence)
             self.num_open += 1
             try:
-                while True:
-                    event = await sequence.outbox.get()
-                    if isinstance(event, AfdError):
-                        raise event
-                    yield _response(event)
-                    if event.finish_reason is not None:
-                        return
+                finish_reason = None
+                while finish_reason is None:
+                    arrived = await _arrived(sequence.outbox)
+                    yield pb.DecodeResponse(tokens=[_token(event) for event in arrived])
+                    finish_reason = arrived[-1].finish_reason
             finally:
                 self.num_open -= 1
                 self.engine.cancel(sequence)
@@ -102,8 +102,23 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         )
 
 
-def _response(event: TokenEvent) -> pb.DecodeResponse:
-    return pb.DecodeResponse(
+async def _arrived(outbox: asyncio.Queue[TokenEvent | AfdError]) -> list[TokenEvent]:
+    """The tokens that wait, at least one. Raises the error that ends a sequence once no token is before it."""
+    tokens: list[TokenEvent] = []
+    while not tokens or (len(tokens) < _MOST_AT_ONCE and not outbox.empty()):
+        event = await outbox.get()
+        if isinstance(event, TokenEvent):
+            tokens.append(event)
+        elif tokens:
+            outbox.put_nowait(event)
+            break
+        else:
+            raise event
+    return tokens
+
+
+def _token(event: TokenEvent) -> pb.DecodedToken:
+    return pb.DecodedToken(
         index=event.index,
         id=event.token.id,
         logprob=event.token.logprob,

@@ -36,8 +36,8 @@ class Account:
     slots: tuple[str, ...] = ()
     num_unsettled: int = 0
 
-    def count_token(self) -> None:
-        self.num_unsettled += 1
+    def count(self, num_tokens: int) -> None:
+        self.num_unsettled += num_tokens
 
     def take(self) -> int:
         taken, self.num_unsettled = self.num_unsettled, 0

@@ -42,6 +42,7 @@ from services.gateway.transcript import Token, Transcript
 
 _RETRY_AFTER_S = 2.0  # a replica that was started again takes about so long
 _SUPERSEDE_TIMEOUT_S = 5.0
+_MOST_AT_ONCE = 256  # tokens: a message has a limit
 _REQUEST_ID = re.compile(r"[!-~]{0,128}")
 
 
@@ -213,10 +214,10 @@ class Generator:
     @contextlib.asynccontextmanager
     async def opened(
         self, request: Request, parent: dict[str, str] | None = None
-    ) -> AsyncGenerator[AsyncGenerator[Token, None], None]:
-        """The tokens of all choices of an admitted or reopened request, as they come. On entering, its id is taken at
-        once and what it takes to resume it is written down: from then on it is not lost. Leaving cancels the request
-        everywhere, if it still runs.
+    ) -> AsyncGenerator[AsyncGenerator[list[Token], None], None]:
+        """The tokens of all choices of an admitted or reopened request, as they come; those of one choice that come at
+        once are together. On entering, its id is taken at once and what it takes to resume it is written down: from
+        then on it is not lost. Leaving cancels the request everywhere, if it still runs.
 
         Raises InvalidRequest if the id runs already, PeerUnavailable, DeadlineExceeded, Cancelled, or what the
         attention replica refuses.
@@ -243,7 +244,7 @@ class Generator:
 
     async def _generate(
         self, request: Request, running: _Running, parent: dict[str, str]
-    ) -> AsyncGenerator[Token, None]:
+    ) -> AsyncGenerator[list[Token], None]:
         span = telemetry.tracer.start_span("generate", telemetry.context_of(parent), attributes={
             "gen_ai.operation.name": "text_completion",
             "gen_ai.usage.input_tokens": len(request.prompt_ids),
@@ -252,10 +253,10 @@ class Generator:
         observed = metrics.RequestTimes()
         try:
             choices = [self._choice(request, choice, running, span) for choice in range(request.params.n)]
-            async with contextlib.aclosing(merged(choices, self._limits(running, request.urgency))) as tokens:
-                async for token in tokens:
-                    observed.token(token.choice)
-                    yield token
+            async with contextlib.aclosing(merged(choices, self._limits(running, request.urgency))) as arriving:
+                async for tokens in arriving:
+                    observed.tokens(tokens[0].choice, len(tokens))
+                    yield tokens
             observed.end("ok")
         except BaseException as error:
             observed.end(type(error).__name__)
@@ -279,7 +280,7 @@ class Generator:
 
     async def _choice(
         self, request: Request, choice: int, running: _Running, span: trace.Span
-    ) -> AsyncGenerator[Token, None]:
+    ) -> AsyncGenerator[list[Token], None]:
         """The tokens of one choice, from as many attention replicas as it takes: when one is lost another one goes on
         behind the journal."""
         ownership = await self._ownership(request, choice)
@@ -287,10 +288,11 @@ class Generator:
         wanted_from = request.resumed_at[choice] if request.resumed_at else 0
         status: Status = "failed"
         try:
-            async with contextlib.aclosing(self._follow(request, ownership, transcript, span)) as tokens:
-                async for token in tokens:
-                    if token.index >= wanted_from:
-                        yield token
+            async with contextlib.aclosing(self._follow(request, ownership, transcript, span)) as arriving:
+                async for tokens in arriving:
+                    wanted = [token for token in tokens if token.index >= wanted_from]
+                    for start in range(0, len(wanted), _MOST_AT_ONCE):
+                        yield wanted[start : start + _MOST_AT_ONCE]
             status = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             status = "cancelled" if isinstance(running.reason, Cancelled) else "left"
@@ -307,12 +309,11 @@ class Generator:
 
     async def _follow(
         self, request: Request, ownership: _Ownership, transcript: Transcript, span: trace.Span
-    ) -> AsyncGenerator[Token, None]:
+    ) -> AsyncGenerator[list[Token], None]:
         """All tokens: the journaled ones, then those that an attention replica gives, and another one after that."""
         is_resumed = request.resumed_at is not None
-        for known in await self.store.journal(ownership.key) if is_resumed else ():
-            if not transcript.is_ended:
-                yield transcript.add(known)
+        if is_resumed:
+            yield transcript.extend(await self.store.journal(ownership.key))
         failover = Failover(self.balancer, self.failover_timeout_s, is_resumed)
         while not transcript.is_ended:
             async with failover.picked() as entry:
@@ -321,14 +322,13 @@ class Generator:
                 except PeerUnavailable as error:
                     failover.failed(None, error)
                     continue
-                for known in journaled:
-                    if not transcript.is_ended:
-                        yield transcript.add(known)
+                yield transcript.extend(journaled)
                 try:
-                    async with contextlib.aclosing(self._decode(entry, request, ownership, transcript, span)) as tokens:
-                        async for token in tokens:
+                    decoded = self._decode(entry, request, ownership, transcript, span)
+                    async with contextlib.aclosing(decoded) as arriving:
+                        async for tokens in arriving:
                             failover.succeeded()
-                            yield token
+                            yield tokens
                 except _Lost as lost:
                     failover.is_begun |= lost.was_accepted
                     failover.failed(entry, lost.reason)
@@ -355,7 +355,7 @@ class Generator:
         ownership: _Ownership,
         transcript: Transcript,
         span: trace.Span,
-    ) -> AsyncGenerator[Token, None]:
+    ) -> AsyncGenerator[list[Token], None]:
         """The tokens that an attention replica gives behind the transcript. Raises _Lost, or what it refuses."""
         if transcript.is_ended:
             return
@@ -367,7 +367,7 @@ class Generator:
         )
         try:
             while (response := await rpc.read(call)) is not None:
-                yield transcript.add(_journaled(response))
+                yield transcript.extend(map(_journaled, response.tokens))
                 if transcript.is_ended:
                     return
             raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"), True)
@@ -399,12 +399,12 @@ def _record(request: Request, epoch: int) -> RequestRecord:
     return RequestRecord(tuple(request.prompt_ids), sampling, owner="", epoch=epoch)
 
 
-def _journaled(response: attention_pb2.DecodeResponse) -> JournaledToken:
+def _journaled(token: attention_pb2.DecodedToken) -> JournaledToken:
     return JournaledToken(
-        response.id,
-        response.logprob,
-        tuple((top.id, top.logprob) for top in response.top_logprobs),
-        finish_reason_from_proto(response.finish_reason),
+        token.id,
+        token.logprob,
+        tuple((top.id, top.logprob) for top in token.top_logprobs),
+        finish_reason_from_proto(token.finish_reason),
     )
 
 

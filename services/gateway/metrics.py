@@ -26,13 +26,13 @@ class RequestTimes:
         self._first: dict[int, float] = {}
         self._last: dict[int, tuple[float, int]] = {}  # of each choice: when, and how many tokens so far
 
-    def token(self, choice: int) -> None:
+    def tokens(self, choice: int, num_tokens: int) -> None:
         now = time.perf_counter()
         if not self._first:
             TTFT.observe(now - self._start)
         self._first.setdefault(choice, now)
-        self._last[choice] = now, self._last.get(choice, (now, 0))[1] + 1
-        self.num_tokens += 1
+        self._last[choice] = now, self._last.get(choice, (now, 0))[1] + num_tokens
+        self.num_tokens += num_tokens
 
     def end(self, status: str) -> None:
         for choice, (last, num_tokens) in self._last.items():

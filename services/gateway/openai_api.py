@@ -151,59 +151,65 @@ async def _answer(
     generator: Generator, gatekeeper: Gatekeeper, admitted: list[Admitted], form: Format, request: Request
 ) -> Response:
     carrier = {"traceparent": request.headers["traceparent"]} if "traceparent" in request.headers else {}
-    parts = _metered(gatekeeper, request.state.caller, admitted, _parts(generator, admitted, carrier))
+    arriving = _metered(gatekeeper, request.state.caller, admitted, _parts(generator, admitted, carrier))
     if not form.body.stream:
-        return JSONResponse(await _unless_disconnected(request, _collect(parts, form, admitted)))
-    first = await _unless_disconnected(request, anext(parts, None))  # a refusal is still a status, not an event
-    events = _events(_chain(first, parts), form, admitted)
+        return JSONResponse(await _unless_disconnected(request, _collect(arriving, form, admitted)))
+    first = await _unless_disconnected(request, anext(arriving, None))  # a refusal is still a status, not an event
+    events = _events(_chain(first, arriving), form, admitted)
     return _EventStream(events, headers={"Cache-Control": "no-cache"})
 
 
 async def _metered(
-    gatekeeper: Gatekeeper, caller: Caller, admitted: list[Admitted], parts: AsyncGenerator[Part, None]
-) -> AsyncGenerator[Part, None]:
-    async with gatekeeper.admitted(caller, admitted) as account, contextlib.aclosing(parts):
-        async for part in parts:
-            account.count_token()
-            yield part
+    gatekeeper: Gatekeeper, caller: Caller, admitted: list[Admitted], arriving: AsyncGenerator[list[Part], None]
+) -> AsyncGenerator[list[Part], None]:
+    async with gatekeeper.admitted(caller, admitted) as account, contextlib.aclosing(arriving):
+        async for parts in arriving:
+            account.count(len(parts))
+            yield parts
 
 
-def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[Part, None]:
+def _parts(generator: Generator, admitted: list[Admitted], carrier: dict[str, str]) -> AsyncGenerator[list[Part], None]:
     """The tokens of all prompts as they come; the index of a choice counts prompts first, then their n choices."""
 
-    async def numbered(number: int, one: Admitted) -> AsyncGenerator[Part, None]:
-        async with generator.opened(one, carrier) as tokens:
-            async for token in tokens:
-                yield Part(number * one.params.n + token.choice, token)
+    async def numbered(number: int, one: Admitted) -> AsyncGenerator[list[Part], None]:
+        async with generator.opened(one, carrier) as arriving:
+            async for tokens in arriving:
+                yield [Part(number * one.params.n + token.choice, token) for token in tokens]
 
     return merged([numbered(number, one) for number, one in enumerate(admitted)])
 
 
-async def _chain(first: Part | None, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+async def _chain(first: list[Part] | None, rest: AsyncGenerator[list[Part], None]) -> AsyncGenerator[list[Part], None]:
     async with contextlib.aclosing(rest):
         if first is None:
             return
         yield first
-        async for part in rest:
-            yield part
+        async for parts in rest:
+            yield parts
 
 
-async def _collect(parts: AsyncGenerator[Part, None], form: Format, admitted: list[Admitted]) -> dict[str, Any]:
-    async with contextlib.aclosing(parts):
-        return form.whole([part async for part in parts], admitted)
+async def _collect(
+    arriving: AsyncGenerator[list[Part], None], form: Format, admitted: list[Admitted]
+) -> dict[str, Any]:
+    async with contextlib.aclosing(arriving):
+        return form.whole([part async for parts in arriving for part in parts], admitted)
 
 
 async def _events(
-    parts: AsyncGenerator[Part, None], form: Format, admitted: list[Admitted]
+    arriving: AsyncGenerator[list[Part], None], form: Format, admitted: list[Admitted]
 ) -> AsyncGenerator[str, None]:
     place = Place.of(admitted)
+
+    def event(part: Part) -> str:
+        place.next_index[part.index] = part.token.index + 1
+        return _event(form.chunk(part, admitted), place)
+
     try:
-        async with contextlib.aclosing(parts):
+        async with contextlib.aclosing(arriving):
             for chunk in form.opening(admitted) if admitted[0].resumed_at is None else ():
                 yield _event(chunk)
-            async for part in parts:
-                place.next_index[part.index] = part.token.index + 1
-                yield _event(form.chunk(part, admitted), place)
+            async for parts in arriving:
+                yield "".join(map(event, parts))
         if form.body.stream_options and form.body.stream_options.include_usage:
             yield _event(form.usage_chunk(admitted, sum(place.next_index)))
         yield "data: [DONE]\n\n"

@@ -32,11 +32,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             admitted = self.generator.admit(
                 request.request_id, prompt_ids, sampling_from_proto(request.sampling), urgency
             )
-            async with self._opened(caller, admitted, context) as (account, tokens):
+            async with self._opened(caller, admitted, context) as (account, arriving):
                 yield pb.GenerateResponse(started=_started(admitted))
-                async for token in tokens:
-                    account.count_token()
-                    yield pb.GenerateResponse(token=_token(token))
+                async for tokens in arriving:
+                    account.count(len(tokens))
+                    yield pb.GenerateResponse(tokens=[_token(token) for token in tokens])
 
     async def Resume(self, request: pb.ResumeRequest, context: rpc.Context) -> AsyncIterator[pb.ResumeResponse]:
         async with rpc.aborting(context):
@@ -44,11 +44,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             await self.gatekeeper.check_owner(caller, request.request_id)
             urgency = Urgency.within(context.time_remaining(), request.priority)
             reopened = await self.generator.reopen(request.request_id, request.next_index, urgency)
-            async with self._opened(caller, reopened, context) as (account, tokens):
+            async with self._opened(caller, reopened, context) as (account, arriving):
                 yield pb.ResumeResponse(started=_started(reopened))
-                async for token in tokens:
-                    account.count_token()
-                    yield pb.ResumeResponse(token=_token(token))
+                async for tokens in arriving:
+                    account.count(len(tokens))
+                    yield pb.ResumeResponse(tokens=[_token(token) for token in tokens])
 
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
         async with rpc.aborting(context):
@@ -70,12 +70,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     @contextlib.asynccontextmanager
     async def _opened(
         self, caller: Caller, request: Request, context: rpc.Context
-    ) -> AsyncIterator[tuple[Account, AsyncIterator[Token]]]:
+    ) -> AsyncIterator[tuple[Account, AsyncIterator[list[Token]]]]:
         async with (
             self.gatekeeper.admitted(caller, [request]) as account,
-            self.generator.opened(request, rpc.metadata_of(context)) as tokens,
+            self.generator.opened(request, rpc.metadata_of(context)) as arriving,
         ):
-            yield account, tokens
+            yield account, arriving
 
     async def _caller(self, context: rpc.Context) -> Caller:
         """Raises Unauthenticated."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from afd.state.requests import FinishReason, JournaledToken
@@ -31,8 +31,16 @@ class Transcript:
         self._text = tokenizer.stream()
         self._stops = StopStrings(stop)
 
-    def add(self, token: JournaledToken) -> Token:
-        """The next token, as it is shown."""
+    def extend(self, tokens: Iterable[JournaledToken]) -> list[Token]:
+        """The next tokens, as they are shown; none behind the end."""
+        shown = []
+        for token in tokens:
+            if self.is_ended:
+                break
+            shown.append(self._add(token))
+        return shown
+
+    def _add(self, token: JournaledToken) -> Token:
         shown = self._stops.push(self._text.push(token.id))
         reason = "stop" if self._stops.hit else token.finish_reason
         if reason and not self._stops.hit:
