@@ -131,7 +131,8 @@ def test_bytes_that_are_no_message_do_not_harm_the_service(mesh: Mesh) -> None:
             list(call(b"\xff\xff\xff\xff", timeout=5))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        assert len(list(stub.Generate(generate_request(max_tokens=3, ignore_eos=True), timeout=10))) == 4
+        responses = list(stub.Generate(generate_request(max_tokens=3, ignore_eos=True), timeout=10))
+        assert sum(len(response.tokens) for response in responses) == 3
 
 
 def headers_of_a_call(path: bytes) -> bytes:
@@ -233,6 +234,21 @@ def test_request_is_cancelled_by_its_id(mesh: Mesh) -> None:
                     pass
 
     asyncio.run(run())
+
+
+def test_tokens_that_are_there_at_once_share_a_message_of_bounded_size(mesh: Mesh) -> None:
+    request = generate_request(max_tokens=600, ignore_eos=True)
+    request.request_id = "grouped"
+    with grpc.insecure_channel(mesh.gateway.address) as channel:
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        live = list(stub.Generate(request, timeout=30))
+        replayed = list(stub.Resume(gateway_pb2.ResumeRequest(request_id="grouped", next_index=[10]), timeout=30))
+    assert [response.HasField("started") for response in live[:2]] == [True, False]
+    assert len(live) < 600
+    assert [len(response.tokens) for response in replayed] == [0, 256, 256, 78]
+    tokens = [token for response in live for token in response.tokens]
+    assert [token.index for token in tokens] == list(range(600))
+    assert [token for response in replayed for token in response.tokens] == tokens[10:]
 
 
 def test_model_is_described(mesh: Mesh, model: Model) -> None:

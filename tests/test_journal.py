@@ -16,6 +16,7 @@ from afd.state.connection import connect
 from afd.state.requests import JournalEntry, RequestRecord, RequestStore, SequenceKey
 from benchmarks.proxy import Proxy, tcp_proxy
 from services.attention import journal as journal_module
+from services.attention import servicer
 from services.attention.engine import Delivery
 from services.attention.journal import Journal
 from services.attention.sequence import Sequence
@@ -197,6 +198,19 @@ async def test_an_error_does_not_overtake_the_tokens_before_it(
         assert one.outbox.empty()
         store.there.set()
         assert await shown(one, 3) == [*ids(0, 2), failure]
+
+
+async def test_what_waits_crosses_in_messages_of_bounded_size_and_an_error_behind_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(servicer, "_MOST_AT_ONCE", 4)
+    one, failure = sequence("one"), InternalError("the step failed")
+    for delivery in [*tokens(one, 6), Delivery(one, failure)]:
+        one.outbox.put_nowait(delivery.event)
+    messages = [await servicer.next_tokens(one.outbox) for _ in range(2)]
+    assert [[event.index for event in message] for message in messages] == [[0, 1, 2, 3], [4, 5]]
+    with pytest.raises(InternalError, match="the step failed"):
+        await servicer.next_tokens(one.outbox)
 
 
 async def test_an_error_waits_behind_a_token_that_waits_also_when_both_came_together(

@@ -44,9 +44,9 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             try:
                 finish_reason = None
                 while finish_reason is None:
-                    arrived = await _arrived(sequence.outbox)
-                    yield pb.DecodeResponse(tokens=[_token(event) for event in arrived])
-                    finish_reason = arrived[-1].finish_reason
+                    events = await next_tokens(sequence.outbox)
+                    yield pb.DecodeResponse(tokens=[_token(event) for event in events])
+                    finish_reason = events[-1].finish_reason
             finally:
                 self.num_open -= 1
                 self.engine.cancel(sequence)
@@ -102,7 +102,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         )
 
 
-async def _arrived(outbox: asyncio.Queue[TokenEvent | AfdError]) -> list[TokenEvent]:
+async def next_tokens(outbox: asyncio.Queue[TokenEvent | AfdError]) -> list[TokenEvent]:
     """The tokens that wait, at least one. Raises the error that ends a sequence once no token is before it."""
     tokens: list[TokenEvent] = []
     while not tokens or (len(tokens) < _MOST_AT_ONCE and not outbox.empty()):
