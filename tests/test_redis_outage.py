@@ -17,6 +17,7 @@ from afd import Client, Token
 from afd.bench import counters
 from afd.errors import DeadlineExceeded, PeerUnavailable
 from afd.mesh import Mesh
+from afd.state import requests
 from benchmarks.proxy import Proxy, tcp_proxy
 from tests.conftest import Model, StartMesh
 from tests.redis_servers import Server, cluster_servers, cluster_url, one_server, watched_servers
@@ -150,6 +151,23 @@ def test_a_redis_100_ms_away_makes_nothing_slower_but_the_first_token(model: Mod
     num_writes = after["afd_journal_writes"] - before["afd_journal_writes"]
     num_steps = after["afd_steps"] - before["afd_steps"]
     assert num_writes < num_steps / 2, "steps did not wait for the journal"
+
+
+@pytest.mark.slow
+def test_streams_go_on_where_redis_is_frozen_while_their_attention_replica_is_lost(
+    model: Model, start_mesh: StartMesh, tmp_path: Path
+) -> None:
+    with one_server(tmp_path) as server, start_mesh(model.path, 2, 1, redis=server.url, lease_s=2) as mesh:
+
+        def lose() -> None:
+            later(4.0, lambda: server.signal(signal.SIGCONT))
+            server.signal(signal.SIGSTOP)
+            process = next(each for each in mesh.services if each.role == "attention").process
+            assert process is not None
+            process.kill()
+
+        server.ask("SCRIPT", "LOAD", requests._TAKE_OVER)  # a script that Redis does not know does nothing too late
+        check_streams(model, mesh, {20: lose})
 
 
 @pytest.mark.parametrize("loss", ["killed", pytest.param("replaced", marks=pytest.mark.slow)])

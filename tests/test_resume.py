@@ -13,16 +13,21 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 from starlette.types import Message
 
 from afd import Client, SyncClient, Token
-from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, PeerUnavailable
+from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, PeerUnavailable, StaleEpoch
 from afd.mesh import Mesh, Service
+from afd.state.connection import connect
+from afd.state.embedded import EmbeddedRedis
+from afd.state.requests import RequestRecord, RequestStore, SequenceKey
 from services.gateway import generation, openai_api
+from services.gateway.transcript import Transcript
 from tests.conftest import Model, StartMesh
 
 PROMPT = [5, 6, 7]
@@ -135,6 +140,22 @@ async def test_of_several_who_resume_at_once_one_gets_it_and_nobody_is_told_that
         assert whole
         for rest in whole:
             check(model, first + rest)
+
+
+async def test_who_resumes_a_request_gets_it_also_where_the_gateway_before_has_just_moved_it() -> None:
+    key, record = SequenceKey("r1"), RequestRecord(prompt_ids=(5,), sampling=b"", owner="")
+    nothing = cast(Transcript, SimpleNamespace(tokens=[]))
+    with EmbeddedRedis() as embedded:
+        async with connect(embedded.url) as redis:
+            store = RequestStore(redis, 60)
+            await store.create(key, record)
+            before = generation._Ownership(store, key, record, is_new=True)
+            after = generation._Ownership(store, key, record, is_new=False)
+            assert [await before.claim("attention-1", nothing) for _ in range(2)] == [[], []]
+            assert await after.claim("attention-2", nothing) == []
+            assert (before.record.epoch, after.record.epoch) == (2, 3)
+            with pytest.raises(StaleEpoch, match="epoch 2 is over, its owner is at epoch 3"):
+                await before.claim("attention-1", nothing)
 
 
 async def test_sampled_choices_and_their_alternatives_are_the_same_after_a_resumption(mesh: Mesh) -> None:

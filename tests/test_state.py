@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
@@ -30,6 +31,7 @@ from tests.redis_servers import cluster_servers, cluster_url
 
 KEY = SequenceKey("r1")
 RECORD = RequestRecord(prompt_ids=(5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1")
+CLAIM, OTHER_CLAIM = b"one", b"another"
 REPLICA = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(1, 3))
 PATIENCE_S = 10.0  # a test that waits longer than this hangs
 
@@ -294,7 +296,7 @@ async def test_a_request_id_may_have_braces(store: RequestStore, request_id: str
 async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store: RequestStore) -> None:
     assert await store.create(KEY, RECORD) == 1
     await store.append(entries(0))
-    assert await store.take_over(KEY, replace(RECORD, owner="attention-2")) == [JournaledToken(100, -0.0)]
+    assert await store.take_over(KEY, replace(RECORD, owner="attention-2"), CLAIM) == [JournaledToken(100, -0.0)]
     assert await store.record(KEY) == replace(RECORD, owner="attention-2", epoch=2)
     await store.append(entries(1, epoch=2))
     refusals = await store.append(entries(1, 2))
@@ -305,7 +307,7 @@ async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store:
 
 async def test_a_refusal_leaves_the_other_sequences_alone(store: RequestStore) -> None:
     other = SequenceKey("r2")
-    await store.take_over(KEY, replace(RECORD, epoch=9))
+    await store.take_over(KEY, replace(RECORD, epoch=9), CLAIM)
     await store.create(other, RECORD)
     refused, accepted = await store.append([*entries(0, epoch=9), *entries(0, key=other)])
     assert (type(refused), accepted) == (StaleEpoch, None)
@@ -319,11 +321,52 @@ async def test_an_epoch_may_be_as_large_as_the_protocol_has_them(store: RequestS
 
 async def test_a_stale_owner_cannot_take_a_request_back(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
-    await store.take_over(KEY, replace(RECORD, owner="attention-2"))
+    await store.take_over(KEY, replace(RECORD, owner="attention-2"), CLAIM)
     with pytest.raises(StaleEpoch, match="epoch 1 is over, its owner is at epoch 2"):
-        await store.take_over(KEY, RECORD)
+        await store.take_over(KEY, RECORD, OTHER_CLAIM)
     record = await store.record(KEY)
     assert record == replace(RECORD, owner="attention-2", epoch=2)
+
+
+async def test_a_takeover_that_nobody_waited_for_does_not_stand_in_the_way_of_its_repetition(
+    mortal_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_PATIENCE_S", 0.3)
+    store, pid = RequestStore(mortal_redis, 60), (await mortal_redis.info("server"))["process_id"]
+    await store.take_over(SequenceKey("first"), RECORD, CLAIM)  # Redis knows the script
+    await store.create(KEY, RECORD)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(PeerUnavailable):
+        await store.take_over(KEY, RECORD, CLAIM)
+    os.kill(pid, signal.SIGCONT)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await store.record(KEY)) == RECORD:
+            await asyncio.sleep(0.01)
+    assert await store.take_over(KEY, RECORD, CLAIM) == []
+    assert await store.record(KEY) == replace(RECORD, epoch=2)
+    await store.take_over(KEY, replace(RECORD, epoch=2), OTHER_CLAIM)
+    with pytest.raises(StaleEpoch, match="its owner is at epoch 3"):
+        await store.take_over(KEY, RECORD, CLAIM)
+
+
+async def test_a_creation_that_comes_again_too_late_undoes_nothing(
+    store: RequestStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    create = store._create
+
+    async def noting(**call: Any) -> Any:
+        calls.append(call)
+        return await create(**call)
+
+    monkeypatch.setattr(store, "_create", noting)
+    await store.create(KEY, RECORD)
+    await store.append(entries(0))
+    assert await create(**calls[0]) == 1
+    assert await store.take_over(KEY, RECORD, CLAIM) == [entries(0)[0].token]
+    assert await create(**calls[0]) == 2
+    assert await store.append(entries(1, epoch=2)) == [None]
+    assert await token_ids(store) == [100, 101]
 
 
 async def test_a_request_that_begins_anew_has_nothing_of_the_earlier_one_of_its_name(store: RequestStore) -> None:
@@ -340,7 +383,7 @@ async def test_who_takes_over_writes_again_what_redis_has_lost(redis: Redis, sto
     await store.create(KEY, RECORD)
     await store.append(entries(0, 1, 2))
     await redis.flushall()
-    assert await store.take_over(KEY, RECORD, shown) == shown
+    assert await store.take_over(KEY, RECORD, CLAIM, shown) == shown
     assert await store.record(KEY) == replace(RECORD, epoch=2)
     assert await store.append(entries(3, epoch=2)) == [None]
     assert await token_ids(store) == [100, 101, 102, 103]
@@ -349,7 +392,7 @@ async def test_who_takes_over_writes_again_what_redis_has_lost(redis: Redis, sto
 async def test_who_takes_over_learns_of_tokens_that_were_journaled_but_not_shown(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.append(entries(0, 1, 2))
-    assert len(await store.take_over(KEY, RECORD, [entries(0)[0].token])) == 3
+    assert len(await store.take_over(KEY, RECORD, CLAIM, [entries(0)[0].token])) == 3
 
 
 async def test_records_and_journals_expire_after_the_last_write(redis: Redis, store: RequestStore) -> None:

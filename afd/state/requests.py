@@ -21,12 +21,17 @@ _PATIENCE_S = 2.0  # of a request that begins, or moves
 Status = Literal["running", "finished", "cancelled", "left", "failed"]
 FinishReason = Literal["stop", "length"]
 
-# KEYS: record, journal. ARGV: TTL in ms, fields and values.
+# A call that nobody waits for any more may still be carried out: a Redis that was frozen does what it finds. Calls that
+# change whose a request is bear a name, so that the same one again, before it or after it, does no harm.
+
+# KEYS: record, journal. ARGV: TTL in ms, a name for this creation, fields and values.
 # Begins anew, with an empty journal and an epoch of its own: whoever had it before can write no more.
 _CREATE = """
-local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0) + 1
+local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
+if redis.call('HGET', KEYS[1], 'creation') == ARGV[2] then return epoch end
+epoch = epoch + 1
 redis.call('DEL', KEYS[1], KEYS[2])
-redis.call('HSET', KEYS[1], 'epoch', epoch, unpack(ARGV, 2))
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'creation', ARGV[2], unpack(ARGV, 3))
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return epoch
 """
@@ -60,7 +65,7 @@ _ENTRY = struct.Struct("<QQH")  # epoch, index, length of the packed token
 # packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is written again.
 _TAKE_OVER = """
 local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
-local is_own = redis.call('HGET', KEYS[1], 'claim') == ARGV[3]
+local is_own = epoch == ARGV[1] + 1 and redis.call('HGET', KEYS[1], 'claim') == ARGV[3]
 if epoch > tonumber(ARGV[1]) and not is_own then return redis.error_reply('STALE ' .. epoch) end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1] + 1, 'claim', ARGV[3], 'status', 'running', 'owner', ARGV[4])
 redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[5], 'sampling', ARGV[6])
@@ -175,24 +180,24 @@ class RequestStore:
             "owner": record.owner,
             "status": record.status,
         }
-        pairs = [part for pair in fields.items() for part in pair]
+        arguments = [self.ttl_ms, uuid.uuid4().bytes, *(part for pair in fields.items() for part in pair)]
 
         async def ask() -> int:
             async with translated_errors():
-                return int(await self._create(keys=[key.record_key, key.journal_key], args=[self.ttl_ms, *pairs]))
+                return int(await self._create(keys=[key.record_key, key.journal_key], args=arguments))
 
         return await patiently(ask, _PATIENCE_S)
 
     async def take_over(
-        self, key: SequenceKey, record: RequestRecord, tokens: Sequence[JournaledToken] = ()
+        self, key: SequenceKey, record: RequestRecord, claim: bytes, tokens: Sequence[JournaledToken] = ()
     ) -> list[JournaledToken]:
         """Makes record.owner the owner, in the epoch that follows record.epoch, so that an earlier one can write no
         more; returns what is journaled. `tokens`, which are known to be in the journal, and the record are written
-        again if Redis has lost them.
+        again if Redis has lost them. `claim` names this takeover: who tries again with the same name has not been
+        overtaken by the first attempt.
 
         Raises StaleEpoch if somebody else has taken it over since record.epoch, and PeerUnavailable as `create` does.
         """
-        claim = uuid.uuid4().bytes
         owner, prompt_ids = record.owner, _pack_ids(record.prompt_ids)
         known: list[int | str | bytes] = [record.epoch, self.ttl_ms, claim, owner, prompt_ids, record.sampling]
         known += [token.pack() for token in tokens]

@@ -87,17 +87,30 @@ class _Ownership:
         self.store = store
         self.key = key
         self.record = record
+        self._is_own = is_new  # this gateway began the epoch
         self._is_new = is_new  # nobody has decoded in this epoch yet
+        self._claim = uuid.uuid4().bytes  # names the next epoch, however often it is asked for
 
     async def claim(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
         """Begins the next epoch, with an attention replica as the owner; the first has that of the new record. Returns
-        what the journal has behind the transcript. Raises StaleEpoch if another gateway has claimed it."""
+        what the journal has behind the transcript. Raises StaleEpoch if another gateway has claimed it since."""
         if self._is_new:
             self._is_new = False
             return []
+        try:
+            return await self._take_over(owner, transcript)
+        except StaleEpoch:
+            if self._is_own:
+                raise
+        # The gateway that it comes from has still moved it.
+        self.record = await self.store.record(self.key) or self.record
+        return await self._take_over(owner, transcript)
+
+    async def _take_over(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
         record = replace(self.record, owner=owner, status="running")
-        journal = await self.store.take_over(self.key, record, transcript.tokens)
+        journal = await self.store.take_over(self.key, record, self._claim, transcript.tokens)
         self.record = replace(record, epoch=record.epoch + 1)
+        self._is_own, self._claim = True, uuid.uuid4().bytes
         return journal[len(transcript.tokens) :]
 
 
