@@ -32,7 +32,7 @@ class ForgetfulStore(RequestStore):
         return 1
 
     async def take_over(
-        self, key: SequenceKey, record: RequestRecord, tokens: Sequence[JournaledToken] = ()
+        self, key: SequenceKey, record: RequestRecord, claim: bytes, tokens: Sequence[JournaledToken] = ()
     ) -> list[JournaledToken]:
         return list(tokens)
 
