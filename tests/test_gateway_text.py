@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from afd.errors import CheckpointError, InvalidRequest
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
+from afd.state.requests import JournaledToken
 from services.gateway.stop_strings import StopStrings
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.transcript import Transcript
 
 examples = settings(max_examples=300, deadline=None, derandomize=True)
 BYTE_IDS = range(2, 258)  # of the byte tokenizer: id 2 + b is the byte b
@@ -290,3 +292,16 @@ def test_templates_write_json_as_hugging_faces_do(make_chat: MakeChat) -> None:
 def test_text_that_cannot_fit_is_refused_before_it_is_encoded(model_dir: Path) -> None:
     with pytest.raises(InvalidRequest, match="more than fit into a context of 8 tokens"):
         asyncio.run(Tokenizer(model_dir, 8).encode("x" * 1000))
+
+
+# --- what is shown of tokens that come together ---
+
+
+def test_of_tokens_that_come_together_none_is_shown_behind_the_stop_string(tokenizer: Tokenizer) -> None:
+    transcript = Transcript(tokenizer, ("lo w",), 0)
+    tokens = [JournaledToken(token_id, -1.0) for token_id in encode(tokenizer, "hello world")]
+    shown = transcript.extend(tokens)
+    assert ("".join(token.text for token in shown), shown[-1].finish_reason) == ("hel", "stop")
+    assert len(shown) == len(transcript.tokens) == len("hello w")
+    assert transcript.is_ended
+    assert transcript.extend(tokens) == []

@@ -347,6 +347,9 @@ async def test_a_takeover_that_nobody_waited_for_does_not_stand_in_the_way_of_it
     await store.take_over(KEY, replace(RECORD, epoch=2), OTHER_CLAIM)
     with pytest.raises(StaleEpoch, match="its owner is at epoch 3"):
         await store.take_over(KEY, RECORD, CLAIM)
+    await store.take_over(KEY, replace(RECORD, epoch=3), CLAIM)
+    with pytest.raises(StaleEpoch, match="its owner is at epoch 4"):
+        await store.take_over(KEY, RECORD, CLAIM)
 
 
 async def test_a_creation_that_comes_again_too_late_undoes_nothing(
