@@ -10,7 +10,7 @@ import socket
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -35,6 +35,13 @@ def parse_device(value: object) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text := str(value)):
         raise ValueError("give cpu, cuda or cuda:N")
     return text
+
+
+def parse_redis(value: object) -> object:
+    """Just the scheme."""
+    if not re.match(r"(rediss?(\+(sentinel|cluster))?|unix)://", str(value)):
+        raise ValueError("give a URL like redis://HOST:PORT; docs/redis.md has the other forms")
+    return value
 
 
 def parse_shard(value: object) -> object:
@@ -73,9 +80,8 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     model: Path = Field(description="directory of the Hugging Face checkpoint")
-    redis: str = Field(
-        description="URL of the Redis that holds the mesh's state; docs/redis.md has the forms",
-        pattern=r"^(rediss?(\+(sentinel|cluster))?|unix)://",
+    redis: Annotated[str, BeforeValidator(parse_redis)] = Field(
+        description="URL of the Redis that holds the mesh's state; docs/redis.md has the forms"
     )
     redis_ca: Path | None = Field(None, description="certificates of the authority that Redis's TLS is checked by")
     mesh: str = Field("default", description="replicas see only those of the same mesh", pattern=r"^[\w.-]+$")
@@ -209,17 +215,21 @@ class GatewaySettings(ServiceSettings):
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)
-ALL_SETTINGS: tuple[type[ServiceSettings], ...] = (AttentionSettings, FFNSettings, GatewaySettings)
+SETTINGS_OF: dict[str, type[ServiceSettings]] = {
+    "attention": AttentionSettings,
+    "ffn": FFNSettings,
+    "gateway": GatewaySettings,
+}
 
 
-def load_settings(kind: type[Settings]) -> Settings:
-    """The settings of one service from the environment.
+def load_settings(kind: type[Settings], **overrides: Any) -> Settings:
+    """The settings of one service from the environment, but for those that are given.
 
     Raises ConfigError with one sentence for an unknown AFD_* variable or a value that cannot be.
     """
     refuse_unknown_variables(os.environ)
     try:
-        return kind()
+        return kind(**overrides)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentences(error))) from None
 
@@ -237,7 +247,8 @@ def refuse_plain_text(settings: ServiceSettings) -> None:
 
 def refuse_unknown_variables(names: Iterable[str]) -> None:
     """Raises ConfigError for an AFD_* name that is a setting of no service, with the closest one that is."""
-    known = {ENV_PREFIX + name.upper() for kind in ALL_SETTINGS for name in kind.model_fields} | {*CLIENT_VARIABLES}
+    fields = {name for kind in SETTINGS_OF.values() for name in kind.model_fields}
+    known = {ENV_PREFIX + name.upper() for name in fields} | {*CLIENT_VARIABLES}
     for name in names:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             close = difflib.get_close_matches(name.upper(), sorted(known), n=1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afd.config import PUBLIC, refuse_unknown_variables
+from afd.config import PUBLIC, SETTINGS_OF, load_settings, refuse_plain_text
 from afd.errors import ConfigError
 from afd.model.checkpoint import Checkpoint
 from afd.placement import Cores, Placement, usable_cpus
@@ -121,6 +121,12 @@ class Service:
     @property
     def replica_id(self) -> str:
         return f"{self.role}-{self.index}"
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that cannot be."""
+        kind = SETTINGS_OF[self.role]
+        own = {name: str(value) for name, value in self.settings.items() if name in kind.model_fields}
+        refuse_plain_text(load_settings(kind, **own))
 
     def start(self) -> None:
         settings = {**self.placement, **self.settings, "replica_id": self.replica_id}
@@ -275,12 +281,15 @@ class Mesh:
             yield Registry(redis, lease_s=1.0, mesh=self.name)
 
     def start(self) -> None:
-        """Returns when every service is ready. Raises ConfigError if one ends, or takes too long."""
+        """Returns when every service is ready. Raises ConfigError for a wrong setting, or if one ends, or takes too
+        long."""
 
         async def wait() -> None:
             async with self.registry() as registry:
                 await self.until_ready(self.services, registry)
 
+        for service in self.services:
+            service.check()
         for service in self.services:
             service.start()
         asyncio.run(wait())
@@ -350,7 +359,6 @@ def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
 
     Raises ConfigError or CheckpointError with a sentence for what cannot start.
     """
-    refuse_unknown_variables(os.environ)
     Checkpoint(options.model)  # what is wrong with it is said once, here, not by every service
     with contextlib.ExitStack() as stack:
         embedded = None if options.redis else stack.enter_context(EmbeddedRedis())

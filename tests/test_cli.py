@@ -241,7 +241,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),
     (["up", "--model", "M", "--device", "cuda:77"], {}, "no such GPU"),
     (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
-    (["up", "--model", "M", "--redis", "http://x"], {}, "no Redis answers at http://x"),
+    (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
     (
         ["up", "--model", "M"],

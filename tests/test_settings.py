@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from afd.config import (
-    ALL_SETTINGS,
+    SETTINGS_OF,
     AttentionSettings,
     FFNSettings,
     GatewaySettings,
@@ -39,7 +39,7 @@ def refusal(kind: type[ServiceSettings]) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("kind", ALL_SETTINGS)
+@pytest.mark.parametrize("kind", SETTINGS_OF.values())
 def test_a_model_and_a_redis_are_all_that_a_service_needs(kind: type[ServiceSettings]) -> None:
     settings = load_settings(kind)
     assert (settings.model, settings.redis) == (Path("/models/nano"), "redis://localhost")
@@ -82,7 +82,7 @@ def test_a_misspelt_setting_is_refused_with_the_closest_one(
     environment: pytest.MonkeyPatch, name: str, meant: str
 ) -> None:
     environment.setenv(name, "8")
-    for kind in ALL_SETTINGS:
+    for kind in SETTINGS_OF.values():
         assert refusal(kind) == f"no such setting: {name}, did you mean {meant}?"
 
 
@@ -90,7 +90,7 @@ def test_a_setting_like_no_other_is_refused_with_all_that_there_are(environment:
     environment.setenv("AFD_QQQQQQQQQQ", "1")
     sentence = refusal(GatewaySettings)
     assert sentence.startswith("no such setting: AFD_QQQQQQQQQQ; the settings are ")
-    assert all(f"AFD_{name.upper()}" in sentence for kind in ALL_SETTINGS for name in kind.model_fields)
+    assert all(f"AFD_{name.upper()}" in sentence for kind in SETTINGS_OF.values() for name in kind.model_fields)
 
 
 def test_what_kubernetes_injects_for_a_service_named_like_ours_is_refused(environment: pytest.MonkeyPatch) -> None:
@@ -208,4 +208,4 @@ def test_a_redis_url_that_is_refused_does_not_show_its_password(environment: pyt
 
 
 def test_every_setting_says_what_it_is() -> None:
-    assert all(field.description for kind in ALL_SETTINGS for field in kind.model_fields.values())
+    assert all(field.description for kind in SETTINGS_OF.values() for field in kind.model_fields.values())
