@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from afd.errors import AfdError, InternalError, InvalidRequest, NotFound, PeerUnavailable
+from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, NotFound, Overloaded, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, read, to_error
 from afd.tls import client_credentials
 from afd.urgency import MOST_SECONDS, Urgency
@@ -118,6 +119,7 @@ class Stream:
         self._unread: deque[Token] = deque()  # came with those that are shown
         self._lost_at: float | None = None
         self._is_begun = False
+        self._is_closed = False
         self.request_id = request.request_id
         self.num_prompt_tokens = 0
 
@@ -127,6 +129,8 @@ class Stream:
     async def __anext__(self) -> Token:
         """Raises the error of `afd.errors` that ended the request."""
         while not self._unread:
+            if self._is_closed:
+                raise StopAsyncIteration
             try:
                 if (response := await read(self._call)) is None:
                     raise StopAsyncIteration
@@ -134,6 +138,10 @@ class Stream:
                     self._is_begun = True
                     self.num_prompt_tokens = response.started.num_prompt_tokens
                 self._unread.extend(map(_token, response.tokens))
+            except asyncio.CancelledError:
+                if self._is_closed and not _is_being_cancelled():
+                    raise StopAsyncIteration from None
+                raise
             except grpc.aio.AioRpcError as error:
                 if not await self._resume(to_error(error)):
                     raise to_error(error) from None  # a variable would keep it, and it the call and its connection
@@ -152,7 +160,8 @@ class Stream:
         pause_s = 0.0 if self._lost_at is None else _RESUME_PAUSE_S
         is_late = self._lost_at is not None and now + pause_s > self._lost_at + self._client.resume_timeout_s
         is_unknown = isinstance(reason, NotFound) and self._lost_at is not None and not self._next_index
-        if is_late or not self._is_begun or not (is_unknown or isinstance(reason, PeerUnavailable)):
+        is_refused = isinstance(reason, Overloaded) and self._lost_at is not None  # nobody had room for the resumption
+        if is_late or not self._is_begun or not (is_unknown or is_refused or isinstance(reason, PeerUnavailable)):
             return False
         self._lost_at = self._lost_at or now
         await asyncio.sleep(pause_s)
@@ -163,6 +172,7 @@ class Stream:
         return True
 
     async def aclose(self) -> None:
+        self._is_closed = True
         self._unread.clear()
         self._call.cancel()
 
@@ -192,10 +202,13 @@ class Client:
         self.resume_timeout_s = resume_timeout_s
         self._is_tls = tls or ca is not None
         self._ca = Path(ca) if ca is not None else None
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
+        self._api_key = (api_key or "").strip()
+        self._metadata = (("authorization", f"Bearer {self._api_key}"),) if self._api_key else None
 
     async def __aenter__(self) -> Self:
-        """Raises PeerUnavailable if nothing answers there, or ConfigError if `ca` cannot be read."""
+        """Raises PeerUnavailable if nothing answers there, or ConfigError for `ca` or `api_key`."""
+        if not re.fullmatch("[!-~]*", self._api_key):
+            raise ConfigError("api_key has characters that no API key has")
         self._channels = [self._open_channel(target.strip()) for target in self.target.split(",")]
         self._current = 0
         try:
@@ -274,8 +287,8 @@ class Client:
 
     def resume(self, request_id: str, next_index: int | Sequence[int] = 0, **options: Unpack[UrgencyOptions]) -> Stream:
         """Goes on with a request that was begun through any gateway, from the token with this index on, or from one for
-        each of its choices. A stream of it that is still open ends. Raises NotFound at the first token if it ended too
-        long ago."""
+        each of its choices; one that is not there yet is waited for. A stream of it that is still open ends. Raises
+        NotFound at the first token if it ended too long ago."""
         _refuse_unknown(options, UrgencyOptions)
         with _typed():
             urgency = _urgency(options)
@@ -394,6 +407,11 @@ def _urgency(options: UrgencyOptions) -> Urgency:
     if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
         raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
     return Urgency.within(timeout_s, options.get("priority") or 0)
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from afd.errors import NotFound
 from afd.state.api_keys import ApiKey, ApiKeys, Limits
@@ -61,7 +61,8 @@ def list_keys(redis: RedisUrl) -> None:
     async def look_up(keys: ApiKeys) -> list[tuple[ApiKey, int]]:
         return [(key, await keys.tokens_today(key.key_id)) for key in await keys.all()]
 
-    table = Table("id", "name", "created", "requests/min", "concurrency", "tokens/day", "min priority", "tokens today")
+    headings = "name", "created", "requests/min", "concurrency", "tokens/day", "min priority", "tokens today"
+    table = Table(Column("id", no_wrap=True), *headings)
     for key, tokens in _run(redis, look_up):
         created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
         limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))

@@ -74,6 +74,8 @@ Stub = TypeVar("Stub")
 def to_error(error: grpc.RpcError) -> AfdError:
     """The error of our tree for a failed call."""
     code, details = error.code(), error.details()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in (details or ""):  # gRPC's own words
+        details = "the call took longer than its deadline allows"
     return error_for_grpc_code(code.name, details or code.name, _retry_after_s(error))
 
 

@@ -16,9 +16,9 @@ import openai
 import pytest
 import redis
 
-from afd import Client, SyncClient
+from afd import Client, SyncClient, Token
 from afd.cli import main
-from afd.errors import AfdError, InvalidRequest, Overloaded, Unauthenticated
+from afd.errors import AfdError, ConfigError, InvalidRequest, Overloaded, Unauthenticated
 from afd.mesh import Mesh
 from afd.model.sampling_params import SamplingParams
 from afd.state import api_keys
@@ -54,10 +54,16 @@ async def gateways(real_redis: str) -> AsyncIterator[Gateways]:
 _numbers = iter(range(1_000_000))
 
 
-def request(num_prompt_tokens: int = 5, n: int = 1, request_id: str = "", priority: int = 0) -> Request:
+def request(
+    num_prompt_tokens: int = 5,
+    n: int = 1,
+    request_id: str = "",
+    priority: int = 0,
+    resumed_at: tuple[int, ...] | None = None,
+) -> Request:
     request_id = request_id or f"request-{next(_numbers)}"
     params = SamplingParams(n=n, max_tokens=9, seed=1)
-    return Request(request_id, [7] * num_prompt_tokens, params, Urgency(priority))
+    return Request(request_id, [7] * num_prompt_tokens, params, Urgency(priority), resumed_at)
 
 
 async def endless() -> AsyncGenerator[int, None]:
@@ -182,6 +188,21 @@ async def test_concurrency_holds_across_gateways_and_is_given_back(gateways: Gat
         await ask(gateways.one, caller)  # a client that left has given its slot back
         with pytest.raises(Overloaded):
             await ask(gateways.one, caller, n=2)
+
+
+async def test_who_resumes_a_request_takes_its_slots_over_and_no_others(gateways: Gateways) -> None:
+    caller = await gateways.caller(concurrency=3, requests_per_minute=3, tokens_per_day=20)
+    async with (
+        running(gateways.one, caller, request_id="lost", n=2, num_prompt_tokens=15),  # its gateway is gone
+        running(gateways.other, caller, request_id="lost", n=2, resumed_at=(1, 1)),
+        running(gateways.other, caller, request_id="other"),
+    ):
+        with pytest.raises(Overloaded, match="3 sequences"):
+            await ask(gateways.other, caller, request_id="left", resumed_at=(0,))
+        await ask(gateways.one, caller, request_id="other", resumed_at=(0,))
+        with pytest.raises(Overloaded, match="20 tokens a day"):
+            await ask(gateways.one, caller)
+    await ask(gateways.one, caller, request_id="other", resumed_at=(0,))
 
 
 async def test_many_at_once_get_no_more_than_there_is(gateways: Gateways) -> None:
@@ -417,6 +438,28 @@ def test_a_client_that_leaves_a_stream_gives_its_slot_back(served: Served) -> No
                 break
         else:
             pytest.fail("the slot was not given back")
+
+
+def test_a_stream_goes_on_in_another_one_whatever_the_key_allows(served: Served) -> None:
+    async def ask() -> list[Token]:
+        async with Client(served.mesh.gateway.address, api_key=f"{key}\n") as client:
+            stream = client.generate([5, 6], request_id="moving", max_tokens=300, ignore_eos=True)
+            first = [await anext(stream) for _ in range(60)]
+            return first + [token async for token in client.resume("moving", 60)]
+
+    key = served.key("--concurrency", "1", "--requests-per-minute", "1", "--tokens-per-day", "50")
+    assert [token.index for token in asyncio.run(ask())] == list(range(300))
+
+
+def test_what_is_no_key_at_all_is_refused_before_it_is_sent(served: Served) -> None:
+    for wrong in ("afd-1\nafd-2", "schlüssel"):
+        with pytest.raises(ConfigError, match="api_key has characters"), SyncClient("127.0.0.1:1", api_key=wrong):
+            pass
+
+
+def test_ids_of_keys_are_whole_where_a_line_is_short(served: Served) -> None:
+    key_id = served.key("--concurrency", "100000", "--tokens-per-day", "1000000000").split("-")[1]
+    assert key_id in run("list", "--redis", served.redis)
 
 
 def test_a_large_body_without_a_key_is_refused_in_words(served: Served) -> None:

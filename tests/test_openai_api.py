@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +175,20 @@ def test_sampling_with_a_seed_is_repeatable_and_choices_differ(api: Api) -> None
     assert len(set(texts)) == 3
     alone = api.complete("Once", seed=7, **{**options, "n": 1})
     assert alone.choices[0].text == texts[0]
+
+
+def test_openais_client_reads_a_stream_that_is_silent_for_a_while(api: Api) -> None:
+    stream = api.client.completions.create(
+        model=api.name, prompt=[5], max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    process = next(service for service in api.mesh.services if service.role == "attention").process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    later = threading.Timer(2.6, process.send_signal, [signal.SIGCONT])
+    later.start()
+    assert len(list(stream)) == 199
+    later.join()
 
 
 def test_stop_string_ends_the_text_before_it(api: Api) -> None:

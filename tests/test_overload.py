@@ -50,6 +50,29 @@ async def test_sequences_beyond_those_that_may_wait_are_refused(mesh: Mesh, mode
         assert len(await collect(begin(client))) == 300
 
 
+async def test_a_call_is_taken_with_all_its_sequences_or_refused_with_all(mesh: Mesh, model: Model) -> None:
+    body = {"model": model.path.name, "prompt": [PROMPT] * 4, "max_tokens": 5, "stream": True}
+
+    def post() -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{mesh.http_url}/v1/completions", json.dumps(body).encode(), headers)
+        return urllib.request.urlopen(request, timeout=30)
+
+    async with Client(mesh.gateway.address) as client:
+        for _ in range(3):
+            tokens = await collect(client.generate(PROMPT, max_tokens=20, ignore_eos=True, n=16))
+            assert Counter(token.choice for token in tokens) == dict.fromkeys(range(16), 20)
+        assert Counter((await asyncio.to_thread(post)).read().split(b"\n"))[b"data: [DONE]"] == 1
+        asking = [asyncio.create_task(collect(begin(client))) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        with pytest.raises(Overloaded):
+            await anext(client.generate(PROMPT, n=3))
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            await asyncio.to_thread(post)
+        assert (raised.value.code, raised.value.headers["Retry-After"]) == (429, "1")
+        await asyncio.gather(*asking)
+
+
 def test_requests_beyond_those_that_a_gateway_holds_are_refused(model: Model, start_mesh: StartMesh) -> None:
     body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 5}
 

@@ -16,16 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
+import grpc.aio
 import psutil
 import pytest
+from grpc.aio import Metadata
 from starlette.types import Message
 
 from afd import Client, SyncClient, Token
-from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, PeerUnavailable, StaleEpoch
+from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, Overloaded, PeerUnavailable, StaleEpoch
 from afd.mesh import Mesh, Service
 from afd.state.connection import connect
 from afd.state.embedded import EmbeddedRedis
 from afd.state.requests import RequestRecord, RequestStore, SequenceKey
+from afd.v1 import gateway_pb2 as pb
 from services.gateway import generation, openai_api
 from services.gateway.transcript import Transcript
 from tests.conftest import Model, StartMesh
@@ -154,7 +158,7 @@ async def test_who_resumes_a_request_gets_it_also_where_the_gateway_before_has_j
             assert [await before.claim("attention-1", nothing) for _ in range(2)] == [[], []]
             assert await after.claim("attention-2", nothing) == []
             assert (before.record.epoch, after.record.epoch) == (2, 3)
-            with pytest.raises(StaleEpoch, match="epoch 2 is over, its owner is at epoch 3"):
+            with pytest.raises(StaleEpoch, match="epoch 2 is over, its owner's is 3"):
                 await before.claim("attention-1", nothing)
 
 
@@ -184,6 +188,63 @@ async def test_stream_that_is_resumed_elsewhere_ends(mesh: Mesh) -> None:
             async for _ in stream:
                 pass
         await resumed.aclose()
+
+
+class Call:
+    """Messages of a gateway, and how the call ends."""
+
+    def __init__(self, messages: list[Any], end: grpc.StatusCode | None = None) -> None:
+        self.messages = messages
+        self.end = end
+
+    async def read(self) -> Any:
+        if self.messages:
+            return self.messages.pop(0)
+        if self.end is None:
+            return grpc.aio.EOF
+        raise grpc.aio.AioRpcError(self.end, Metadata(), Metadata(("retry-after", "0.1")), "why")
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_stream_that_was_lost_asks_again_where_there_was_no_room_for_its_resumption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tokens(*indices: int) -> Any:
+        return pb.GenerateResponse(tokens=[pb.GeneratedToken(index=index) for index in indices])
+
+    client, asked = Client("here,there"), []
+    calls = [
+        Call([pb.GenerateResponse(started=pb.Started()), tokens(0, 1)], grpc.StatusCode.UNAVAILABLE),
+        Call([], grpc.StatusCode.RESOURCE_EXHAUSTED),
+        Call([tokens(2)]),
+    ]
+
+    def ask(request: Any, urgency: Any) -> Call:
+        asked.append(request)
+        return calls[len(asked) - 1]
+
+    monkeypatch.setattr(client, "_ask", ask)
+    monkeypatch.setattr(client, "_turn_to_next", lambda: None)
+    assert [token.index async for token in client.generate(PROMPT)] == [0, 1, 2]
+    assert [list(request.next_index) for request in asked[1:]] == [[2], [2]]
+    asked.clear()
+    calls[0] = Call([], grpc.StatusCode.RESOURCE_EXHAUSTED)
+    with pytest.raises(Overloaded):
+        await anext(client.generate(PROMPT))
+
+
+async def test_stream_that_was_closed_has_nothing_more(mesh: Mesh) -> None:
+    async with Client(mesh.gateway.address) as client:
+        stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True)
+        await anext(stream)
+        waiting = asyncio.create_task(anext(stream, None))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        while await waiting is not None:
+            waiting = asyncio.create_task(anext(stream, None))
+        assert await anext(stream, None) is None
 
 
 async def test_stream_that_nobody_reads_does_not_hold_up_a_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +404,23 @@ async def test_stream_of_events_says_that_somebody_is_there(monkeypatch: pytest.
     monkeypatch.setattr(openai_api, "_KEEP_ALIVE_S", 0.05)
     await openai_api._EventStream(events()).stream_response(send)
     assert (bodies[0], *bodies[-2:]) == (b"data: 1\n\n", b"data: 2\n\n", b"")
-    assert set(bodies[1:-2]) == {b": still here\n\n"}
+    assert set(bodies[1:-2]) == {b": still here\n"}
+
+
+async def test_stream_of_events_has_no_comments_while_there_are_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def events() -> AsyncIterator[str]:
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            yield "data: 1\n\n"
+
+    bodies: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        bodies.append(message.get("body", b""))
+
+    monkeypatch.setattr(openai_api, "_KEEP_ALIVE_S", 0.1)
+    await openai_api._EventStream(events()).stream_response(send)
+    assert bodies == [b"", *[b"data: 1\n\n"] * 20, b""]
 
 
 def test_stream_of_events_that_outlasts_the_drain_ends_with_an_event(

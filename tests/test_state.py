@@ -301,7 +301,7 @@ async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store:
     await store.append(entries(1, epoch=2))
     refusals = await store.append(entries(1, 2))
     assert [type(refusal) for refusal in refusals] == [StaleEpoch, StaleEpoch]
-    assert str(refusals[0]) == "request r1: epoch 1 is over, its owner is at epoch 2"
+    assert str(refusals[0]) == "request r1 was resumed in another stream: epoch 1 is over, its owner's is 2"
     assert await token_ids(store) == [100, 101]
 
 
@@ -322,7 +322,7 @@ async def test_an_epoch_may_be_as_large_as_the_protocol_has_them(store: RequestS
 async def test_a_stale_owner_cannot_take_a_request_back(store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.take_over(KEY, replace(RECORD, owner="attention-2"), CLAIM)
-    with pytest.raises(StaleEpoch, match="epoch 1 is over, its owner is at epoch 2"):
+    with pytest.raises(StaleEpoch, match="epoch 1 is over, its owner's is 2"):
         await store.take_over(KEY, RECORD, OTHER_CLAIM)
     record = await store.record(KEY)
     assert record == replace(RECORD, owner="attention-2", epoch=2)
@@ -345,10 +345,10 @@ async def test_a_takeover_that_nobody_waited_for_does_not_stand_in_the_way_of_it
     assert await store.take_over(KEY, RECORD, CLAIM) == []
     assert await store.record(KEY) == replace(RECORD, epoch=2)
     await store.take_over(KEY, replace(RECORD, epoch=2), OTHER_CLAIM)
-    with pytest.raises(StaleEpoch, match="its owner is at epoch 3"):
+    with pytest.raises(StaleEpoch, match="its owner's is 3"):
         await store.take_over(KEY, RECORD, CLAIM)
     await store.take_over(KEY, replace(RECORD, epoch=3), CLAIM)
-    with pytest.raises(StaleEpoch, match="its owner is at epoch 4"):
+    with pytest.raises(StaleEpoch, match="its owner's is 4"):
         await store.take_over(KEY, RECORD, CLAIM)
 
 

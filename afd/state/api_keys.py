@@ -39,13 +39,15 @@ local function use_today(key, tokens)
 end
 """
 # KEYS: record, times of the last requests, running slots, tokens of the day.
-# ARGV: requests, tokens, slot TTL in ms, names of the slots. Takes all of it or nothing; returns what is in the way:
-# its name, for how long in ms (-1: for ever), and the limit. The rate is exact: no minute has more, wherever it begins.
+# ARGV: requests, tokens, slot TTL in ms, number of slots, their names, ids of resumed requests, whose earlier slots are
+# given up. Takes all of it or nothing; returns what is in the way: its name, for how long in ms (-1: for ever), and the
+# limit. The rate is exact: no minute has more, wherever it begins.
 _ADMIT = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {'revoked', -1, 0} end
 local limits = redis.call('HMGET', KEYS[1], 'requests_per_minute', 'concurrency', 'tokens_per_day')
 local rate, concurrency, quota = tonumber(limits[1] or 0), tonumber(limits[2] or 0), tonumber(limits[3] or 0)
-local requests, tokens, ttl, slots = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), #ARGV - 3
+local requests, tokens, ttl, slots = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local given_up = {}
 if rate > 0 then
   if requests > rate then return {'requests_per_minute', -1, rate} end
   local before = redis.call('LINDEX', KEYS[2], requests - rate - 1)
@@ -55,9 +57,15 @@ end
 if concurrency > 0 then
   if slots > concurrency then return {'concurrency', -1, concurrency} end
   redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
-  if redis.call('ZCARD', KEYS[3]) + slots > concurrency then return {'concurrency', 0, concurrency} end
+  for number = 5 + slots, #ARGV do
+    local start = ARGV[number] .. ' '
+    for _, slot in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+      if string.sub(slot, 1, #start) == start then given_up[#given_up + 1] = slot end
+    end
+  end
+  if redis.call('ZCARD', KEYS[3]) - #given_up + slots > concurrency then return {'concurrency', 0, concurrency} end
 end
-if quota > 0 then
+if quota > 0 and tokens > 0 then
   if tokens > quota then return {'tokens_per_day', -1, quota} end
   if used_today(KEYS[4]) + tokens > quota then return {'tokens_per_day', (day + 1) * 86400000 - now, quota} end
 end
@@ -67,7 +75,8 @@ if rate > 0 then
   redis.call('PEXPIRE', KEYS[2], 60000)
 end
 if concurrency > 0 then
-  for slot = 4, #ARGV do redis.call('ZADD', KEYS[3], now + ttl, ARGV[slot]) end
+  for _, slot in ipairs(given_up) do redis.call('ZREM', KEYS[3], slot) end
+  for slot = 5, 4 + slots do redis.call('ZADD', KEYS[3], now + ttl, ARGV[slot]) end
   redis.call('PEXPIRE', KEYS[3], ttl)
 end
 use_today(KEYS[4], tokens)
@@ -128,9 +137,10 @@ class ApiKey:
 class Demand:
     """What a call wants of its key."""
 
-    num_requests: int
+    num_requests: int  # that begin
     num_prompt_tokens: int
-    slots: tuple[str, ...]  # a name for each of its sequences, that no other call has
+    slots: tuple[str, ...]  # for each of its sequences, by `slot_name`
+    resumed: tuple[str, ...] = ()  # ids of requests that had slots before
 
 
 class ApiKeys:
@@ -184,7 +194,9 @@ class ApiKeys:
             demand.num_requests,
             demand.num_prompt_tokens,
             int(SLOT_TTL_S * 1000),
+            len(demand.slots),
             *demand.slots,
+            *demand.resumed,
         ]
         async with translated_errors():
             reply = cast(list[bytes | int], await self._admit(keys=keys, args=arguments))
@@ -208,6 +220,11 @@ class ApiKeys:
         async with translated_errors():
             owner = cast(bytes | None, await self.redis.get(_owner(request_id)))
         return owner.decode() if owner else None
+
+
+def slot_name(request_id: str, call: str, choice: int) -> str:
+    """Of one sequence; `call` tells apart calls that have the same request. A request id has no spaces."""
+    return f"{request_id} {call} {choice}"
 
 
 def split(key: str) -> tuple[str, str] | None:

@@ -284,7 +284,9 @@ def _refusal(key: SequenceKey, epoch: int, reply: str) -> AfdError:
     if kind == "GAP":
         return JournalGap(f"request {key.request_id}: its journal was lost, it has {value} tokens", int(value))
     if kind == "STALE":
-        return StaleEpoch(f"request {key.request_id}: epoch {epoch} is over, its owner is at epoch {value}")
+        return StaleEpoch(
+            f"request {key.request_id} was resumed in another stream: epoch {epoch} is over, its owner's is {value}"
+        )
     return PeerUnavailable(f"Redis does not answer: {reply.removeprefix('ERROR ')}")
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from afd.v1 import sampling_pb2 as afd_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61\x66\x64/v1/attention.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\xa8\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rnum_generated\x18\x05 \x01(\r\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x11\"6\n\x0e\x44\x65\x63odeResponse\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.afd.v1.DecodedToken\"\x93\x01\n\x0c\x44\x65\x63odedToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x14.afd.v1.FinishReason\"\x10\n\x0eGetLoadRequest\"\xac\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x03 \x01(\r\x12\x1a\n\x12num_kv_blocks_used\x18\x04 \x01(\r\x12\x1c\n\x14num_frames_in_flight\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12>\n\x0cstep_seconds\x18\x08 \x03(\x0b\x32(.afd.v1.GetLoadResponse.StepSecondsEntry\x1a\x32\n\x10StepSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x89\x01\n\x10\x41ttentionService\x12\x39\n\x06\x44\x65\x63ode\x12\x15.afd.v1.DecodeRequest\x1a\x16.afd.v1.DecodeResponse0\x01\x12:\n\x07GetLoad\x12\x16.afd.v1.GetLoadRequest\x1a\x17.afd.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61\x66\x64/v1/attention.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\xba\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x15\n\rnum_generated\x18\x05 \x01(\r\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x10\n\x08is_begun\x18\x08 \x01(\x08\"6\n\x0e\x44\x65\x63odeResponse\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.afd.v1.DecodedToken\"\x93\x01\n\x0c\x44\x65\x63odedToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x14.afd.v1.FinishReason\"\x10\n\x0eGetLoadRequest\"\xac\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x03 \x01(\r\x12\x1a\n\x12num_kv_blocks_used\x18\x04 \x01(\r\x12\x1c\n\x14num_frames_in_flight\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12>\n\x0cstep_seconds\x18\x08 \x03(\x0b\x32(.afd.v1.GetLoadResponse.StepSecondsEntry\x1a\x32\n\x10StepSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\x89\x01\n\x10\x41ttentionService\x12\x39\n\x06\x44\x65\x63ode\x12\x15.afd.v1.DecodeRequest\x1a\x16.afd.v1.DecodeResponse0\x01\x12:\n\x07GetLoad\x12\x16.afd.v1.GetLoadRequest\x1a\x17.afd.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._loaded_options = None
   _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._serialized_options = b'8\001'
   _globals['_DECODEREQUEST']._serialized_start=58
-  _globals['_DECODEREQUEST']._serialized_end=226
-  _globals['_DECODERESPONSE']._serialized_start=228
-  _globals['_DECODERESPONSE']._serialized_end=282
-  _globals['_DECODEDTOKEN']._serialized_start=285
-  _globals['_DECODEDTOKEN']._serialized_end=432
-  _globals['_GETLOADREQUEST']._serialized_start=434
-  _globals['_GETLOADREQUEST']._serialized_end=450
-  _globals['_GETLOADRESPONSE']._serialized_start=453
-  _globals['_GETLOADRESPONSE']._serialized_end=753
-  _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._serialized_start=703
-  _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._serialized_end=753
-  _globals['_ATTENTIONSERVICE']._serialized_start=756
-  _globals['_ATTENTIONSERVICE']._serialized_end=893
+  _globals['_DECODEREQUEST']._serialized_end=244
+  _globals['_DECODERESPONSE']._serialized_start=246
+  _globals['_DECODERESPONSE']._serialized_end=300
+  _globals['_DECODEDTOKEN']._serialized_start=303
+  _globals['_DECODEDTOKEN']._serialized_end=450
+  _globals['_GETLOADREQUEST']._serialized_start=452
+  _globals['_GETLOADREQUEST']._serialized_end=468
+  _globals['_GETLOADRESPONSE']._serialized_start=471
+  _globals['_GETLOADRESPONSE']._serialized_end=771
+  _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._serialized_start=721
+  _globals['_GETLOADRESPONSE_STEPSECONDSENTRY']._serialized_end=771
+  _globals['_ATTENTIONSERVICE']._serialized_start=774
+  _globals['_ATTENTIONSERVICE']._serialized_end=911
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "choice", "epoch", "token_ids", "num_generated", "sampling", "priority")
+    __slots__ = ("request_id", "choice", "epoch", "token_ids", "num_generated", "sampling", "priority", "is_begun")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class DecodeRequest(_message.Message):
     NUM_GENERATED_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    IS_BEGUN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     epoch: int
@@ -23,7 +24,8 @@ class DecodeRequest(_message.Message):
     num_generated: int
     sampling: _sampling_pb2.SamplingParams
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_generated: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    is_begun: bool
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_generated: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., is_begun: bool = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("tokens",)

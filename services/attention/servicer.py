@@ -75,7 +75,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
     def _sequence(self, request: pb.DecodeRequest, urgency: Urgency, span_context: trace.SpanContext) -> Sequence:
         if self.draining:
             raise PeerUnavailable("this attention replica is draining")
-        if self.num_open >= self.max_open and not request.num_generated:  # what has begun elsewhere is taken in
+        if self.num_open >= self.max_open and not request.is_begun:
             raise Overloaded(f"{self.num_open} sequences are decoded or wait already", retry_after_s=_RETRY_AFTER_S)
         params = sampling_from_proto(request.sampling)
         params.check(self.config.vocab_size)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from afd.errors import AfdError, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
-from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, split
+from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, slot_name, split
 from services.gateway import metrics
 from services.gateway.generation import Request
 
@@ -113,10 +113,11 @@ class Gatekeeper:
             await asyncio.gather(*map(self._settle, tuple(self._accounts)))
 
     async def _admit(self, key_id: str, requests: Sequence[Request]) -> Account:
-        name = uuid.uuid4().hex
-        slots = tuple(f"{name}:{number}" for number in range(sum(request.params.n for request in requests)))
-        num_prompt_tokens = sum(len(request.prompt_ids) for request in requests if request.resumed_at is None)
-        demand = Demand(len(requests), num_prompt_tokens, slots)
+        call = uuid.uuid4().hex
+        slots = tuple(slot_name(request.request_id, call, i) for request in requests for i in range(request.params.n))
+        new = [request for request in requests if request.resumed_at is None]
+        resumed = tuple(request.request_id for request in requests if request.resumed_at is not None)
+        demand = Demand(len(new), sum(len(request.prompt_ids) for request in new), slots, resumed)
         try:
             _check_priority(await self._find(key_id), requests)
             await asyncio.gather(

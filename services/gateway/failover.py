@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -17,12 +18,12 @@ _PAUSE_S = 0.3
 
 
 class Failover:
-    """One that has begun anywhere goes on trying for timeout_s; one that has not is tried once with everybody."""
+    """One whose request has begun goes on trying for timeout_s; one whose has not is tried once with everybody."""
 
-    def __init__(self, balancer: Balancer, timeout_s: float, is_begun: bool) -> None:
+    def __init__(self, balancer: Balancer, timeout_s: float, begun: asyncio.Event) -> None:
         self.balancer = balancer
         self.timeout_s = timeout_s
-        self.is_begun = is_begun
+        self._begun = begun
         self._lost: set[AttentionReplica] = set()
         self._reason: PeerUnavailable | Overloaded = PeerUnavailable("no attention replica is ready")
         self._failing_since: float | None = None
@@ -46,7 +47,6 @@ class Failover:
 
     def succeeded(self) -> None:
         """A token came."""
-        self.is_begun = True
         if self._failing_since is not None:
             metrics.FAILOVER.observe(time.monotonic() - self._failing_since)
             self._failing_since = None
@@ -54,7 +54,7 @@ class Failover:
     async def _choose(self) -> AttentionReplica:
         self._check_time()
         while (entry := self.balancer.choose(self._lost)) is None:
-            if not self.is_begun:
+            if not self._begun.is_set():
                 raise self._reason
             self._failing_since = self._failing_since or time.monotonic()
             await self.balancer.wait_for_change(_PAUSE_S)

@@ -56,15 +56,17 @@ class Request:
     urgency: Urgency
     resumed_at: tuple[int, ...] | None = None  # index of the first token wanted of each choice; None: it begins
     epochs: tuple[int, ...] = ()  # of the records of its choices, once they are written
+    # An attention replica has taken the first sequence of the call. The others wait for that, and are not refused.
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    is_first: bool = True  # of the requests of the call
 
 
 class _Lost(Exception):
-    """An attention replica does not go on with a choice; whether it had ever begun."""
+    """An attention replica does not go on with a choice."""
 
-    def __init__(self, reason: PeerUnavailable | Overloaded, was_accepted: bool) -> None:
+    def __init__(self, reason: PeerUnavailable | Overloaded) -> None:
         super().__init__(str(reason))
         self.reason = reason
-        self.was_accepted = was_accepted
 
 
 @dataclass
@@ -324,10 +326,12 @@ class Generator:
         self, request: Request, ownership: _Ownership, transcript: Transcript, span: trace.Span
     ) -> AsyncGenerator[list[Token], None]:
         """All tokens: the journaled ones, then those that an attention replica gives, and another one after that."""
-        is_resumed = request.resumed_at is not None
-        if is_resumed:
+        if request.resumed_at is not None:
+            request.begun.set()
             yield transcript.extend(await self.store.journal(ownership.key))
-        failover = Failover(self.balancer, self.failover_timeout_s, is_resumed)
+        elif ownership.key.choice or not request.is_first:
+            await request.begun.wait()
+        failover = Failover(self.balancer, self.failover_timeout_s, request.begun)
         while not transcript.is_ended:
             async with failover.picked() as entry:
                 try:
@@ -343,7 +347,6 @@ class Generator:
                             failover.succeeded()
                             yield tokens
                 except _Lost as lost:
-                    failover.is_begun |= lost.was_accepted
                     failover.failed(entry, lost.reason)
 
     def _decode_request(
@@ -359,6 +362,7 @@ class Generator:
             num_generated=len(transcript.tokens),
             sampling=sampling_to_proto(params),
             priority=request.urgency.priority,
+            is_begun=request.begun.is_set(),
         )
 
     async def _decode(
@@ -379,15 +383,17 @@ class Generator:
             metadata=(("traceparent", traceparent),) if traceparent else None,
         )
         try:
+            if await _is_accepted(call):
+                request.begun.set()
             while (response := await rpc.read(call)) is not None:
                 yield transcript.extend(map(_journaled, response.tokens))
                 if transcript.is_ended:
                     return
-            raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"), True)
+            raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"))
         except grpc.aio.AioRpcError as error:
             reason = rpc.to_peer_error(error)
             if isinstance(reason, PeerUnavailable | Overloaded):
-                raise _Lost(reason, await _was_accepted(call)) from None
+                raise _Lost(reason) from None
             raise reason from None
         finally:
             call.cancel()
@@ -430,8 +436,8 @@ async def _until_ended(running: _Running, request_id: str) -> None:
         raise PeerUnavailable(f"request {request_id} has another stream, whose client does not read it") from None
 
 
-async def _was_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
-    """Whether an attention replica took the sequence, before the call came to its end."""
+async def _is_accepted(call: grpc.aio.UnaryStreamCall[Any, Any]) -> bool:
+    """Whether an attention replica takes the sequence, rather than refuse it."""
     return any(key == rpc.ACCEPTED for key, _ in await call.initial_metadata() or ())
 
 

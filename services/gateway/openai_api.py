@@ -9,6 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import replace
 from typing import Any
 
 import prometheus_client
@@ -35,6 +36,7 @@ _MAX_CHOICES = 256  # of all prompts together
 _NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
 _KEEP_ALIVE_S = 2.0
+_STILL_HERE = b": still here\n"  # an empty line behind it would be an event without data to OpenAI's own client
 _ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -120,7 +122,8 @@ async def _admit_completion(
     for name, prompt in zip(names, prompts, strict=True):
         prompt_ids = await generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         admitted.append(generator.admit(name, prompt_ids, params, urgency))
-    return admitted
+    first, *others = admitted
+    return [first, *(replace(other, begun=first.begun, is_first=False) for other in others)]
 
 
 async def _admit_chat(generator: Generator, body: ChatBody, urgency: Urgency) -> Admitted:
@@ -218,21 +221,30 @@ async def _events(
 
 
 class _EventStream(StreamingResponse):
-    """Events, and a comment every few seconds, by which a client knows that somebody is there."""
+    """Events, and a comment after a few seconds without any, by which a client knows that somebody is there."""
 
     media_type = "text/event-stream"
 
     async def stream_response(self, send: Send) -> None:
+        sent_s = time.monotonic()
+
+        async def send_part(part: bytes) -> None:
+            nonlocal sent_s
+            sent_s = time.monotonic()
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
         async def keep_alive() -> None:
             while True:
-                await asyncio.sleep(_KEEP_ALIVE_S)
-                await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
+                if (left_s := sent_s + _KEEP_ALIVE_S - time.monotonic()) > 0:
+                    await asyncio.sleep(left_s)
+                else:
+                    await send_part(_STILL_HERE)
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         keeping = asyncio.create_task(keep_alive())
         try:
             async for event in self.body_iterator:
-                await send({"type": "http.response.body", "body": str(event).encode(), "more_body": True})
+                await send_part(str(event).encode())
         finally:
             await tasks.end(keeping)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
