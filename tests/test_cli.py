@@ -231,7 +231,9 @@ def test_busy_port_is_a_sentence(model: Model) -> None:
             assert_refused(result, f"127.0.0.1:{port}")
 
 
-REFUSED: list[tuple[list[str], dict[str, str], str]] = [
+Refused = list[tuple[list[str], dict[str, str], str]]  # arguments, variables, and what is said
+
+REFUSED_AT_ONCE: Refused = [
     (["up", "--model", "/nowhere"], {}, "/nowhere is no model directory: it has no config.json"),
     (["up"], {}, "--model"),
     (["up", "--model", "M", "--ffn", "-1"], {}, "--ffn"),
@@ -239,7 +241,6 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["up", "--model", "M", "--attention", "0"], {}, "--attention"),
     (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
     (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),
-    (["up", "--model", "M", "--device", "cuda:77"], {}, "no such GPU"),
     (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
     (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
@@ -249,10 +250,6 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
         "no such setting: AFD_BLOK_SIZE, did you mean AFD_BLOCK_SIZE?",
     ),
     (["up", "--model", "M"], {"AFD_BLOCK_SIZE": "four"}, "AFD_BLOCK_SIZE=four"),
-    (["up", "--model", "M"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
-    (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
-    (["up", "--model", "M", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
-    (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),
     (["bench", "--model", "M", "--streams", "many"], {}, "--streams many"),
     (["bench", "--model", "M", "--streams", "0"], {}, "at least 1"),
     (["trace", "/nowhere"], {}, "/nowhere"),
@@ -263,26 +260,47 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 ]
 
 
+REFUSED_BY_A_PROCESS: Refused = [
+    (["up", "--model", "M", "--ffn", "0", "--device", "cuda:77"], {}, "no such GPU"),
+    (["up", "--model", "M", "--ffn", "0"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
+    (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
+    (["up", "--model", "M", "--ffn", "0", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
+    (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),
+]
+
+
 @pytest.fixture(scope="module")
-def refusals(
-    make_model: Callable[[int], Model], tmp_path_factory: pytest.TempPathFactory
-) -> list[subprocess.CompletedProcess[str]]:
-    """Of all of REFUSED, several at once: each is a process that imports everything first."""
-    places = {"M": str(make_model(4).path), "T": str(tmp_path_factory.mktemp("made") / "model")}
-
-    def ask(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
-        arguments, environment, _ = case
-        return afd(*[places.get(argument, argument) for argument in arguments], **environment)
-
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(ask, REFUSED))
+def places(make_model: Callable[[int], Model], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What stands for a model, and for a place for one."""
+    return {"M": str(make_model(4).path), "T": str(tmp_path_factory.mktemp("made") / "model")}
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(case[0]) for case in REFUSED])
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"), REFUSED_AT_ONCE, ids=[" ".join(case[0]) for case in REFUSED_AT_ONCE]
+)
 def test_what_cannot_work_is_refused_in_a_sentence(
-    refusals: list[subprocess.CompletedProcess[str]], number: int
+    places: dict[str, str],
+    arguments: list[str],
+    variables: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert_refused(refusals[number], REFUSED[number][2])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([places.get(argument, argument) for argument in arguments])
+    assert caught.value.code
+    assert words in f"{caught.value.code} {capsys.readouterr().err}"
+
+
+def test_what_only_a_process_can_see_is_refused_in_a_sentence(places: dict[str, str]) -> None:
+    def check(case: tuple[list[str], dict[str, str], str]) -> None:
+        arguments, variables, words = case
+        assert_refused(afd(*[places.get(argument, argument) for argument in arguments], **variables), words)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(check, REFUSED_BY_A_PROCESS))
 
 
 def test_damaged_checkpoint_is_refused_in_a_sentence(model: Model, tmp_path: Path) -> None:

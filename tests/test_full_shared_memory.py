@@ -35,7 +35,7 @@ def right_to_mount() -> None:
     ("filling", "handoff"),
     [
         pytest.param(FULL_OF_BYTES, "shm", id="bytes-shm"),
-        pytest.param(FULL_OF_BYTES, "nixl", id="bytes-nixl", marks=needs_nixl),
+        pytest.param(FULL_OF_BYTES, "nixl", id="bytes-nixl", marks=[needs_nixl, pytest.mark.slow]),
         pytest.param(FULL_OF_FILES, "auto", id="files-auto"),
     ],
 )

@@ -186,7 +186,9 @@ def test_without_an_ffn_shard_what_runs_waits_and_what_begins_is_told_when_to_co
     model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGSTOP]
+)
 def test_lost_attention_replica_is_followed_by_another_one_with_the_same_tokens(
     make_model: Callable[[int], Model], start_mesh: StartMesh, number: signal.Signals
 ) -> None:

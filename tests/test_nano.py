@@ -17,7 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_held_out_questions_are_answered_right(dtype: str) -> None:
     result = run("models.evaluate", "--questions", "60", "--dtype", dtype)
     assert result.returncode == 0, result.stdout
