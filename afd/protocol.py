@@ -6,6 +6,8 @@ from afd.model.sampling_params import SamplingParams
 from afd.state.requests import FinishReason
 from afd.v1 import sampling_pb2 as pb
 
+MOST_TOKENS_AT_ONCE = 256  # in a message, whose size has a limit
+
 _OPTIONAL = (
     "top_k",
     "top_p",

@@ -203,7 +203,7 @@ async def test_an_error_does_not_overtake_the_tokens_before_it(
 async def test_what_waits_crosses_in_messages_of_bounded_size_and_an_error_behind_its_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(servicer, "_MOST_AT_ONCE", 4)
+    monkeypatch.setattr(servicer, "MOST_TOKENS_AT_ONCE", 4)
     one, failure = sequence("one"), InternalError("the step failed")
     for delivery in [*tokens(one, 6), Delivery(one, failure)]:
         one.outbox.put_nowait(delivery.event)

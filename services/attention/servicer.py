@@ -11,7 +11,7 @@ from afd import rpc, telemetry
 from afd.errors import AfdError, InvalidRequest, Overloaded, PeerUnavailable
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import check_token_ids
-from afd.protocol import finish_reason_to_proto, sampling_from_proto
+from afd.protocol import MOST_TOKENS_AT_ONCE, finish_reason_to_proto, sampling_from_proto
 from afd.state.requests import SequenceKey
 from afd.urgency import Urgency
 from afd.v1 import attention_pb2 as pb
@@ -21,7 +21,6 @@ from services.attention.sequence import Sequence, TokenEvent
 from services.attention.timeline import PARTS
 
 _RETRY_AFTER_S = 1.0
-_MOST_AT_ONCE = 256  # tokens: a message has a limit
 
 
 class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
@@ -105,7 +104,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
 async def next_tokens(outbox: asyncio.Queue[TokenEvent | AfdError]) -> list[TokenEvent]:
     """The tokens that wait, at least one. Raises the error that ends a sequence once no token is before it."""
     tokens: list[TokenEvent] = []
-    while not tokens or (len(tokens) < _MOST_AT_ONCE and not outbox.empty()):
+    while not tokens or (len(tokens) < MOST_TOKENS_AT_ONCE and not outbox.empty()):
         event = await outbox.get()
         if isinstance(event, TokenEvent):
             tokens.append(event)

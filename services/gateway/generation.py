@@ -29,7 +29,7 @@ from afd.errors import (
 )
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import SamplingParams, check_token_ids
-from afd.protocol import finish_reason_from_proto, sampling_from_proto, sampling_to_proto
+from afd.protocol import MOST_TOKENS_AT_ONCE, finish_reason_from_proto, sampling_from_proto, sampling_to_proto
 from afd.state.requests import JournaledToken, RequestRecord, RequestStore, SequenceKey, Status
 from afd.urgency import Urgency
 from afd.v1 import attention_pb2, sampling_pb2
@@ -42,7 +42,6 @@ from services.gateway.transcript import Token, Transcript
 
 _RETRY_AFTER_S = 2.0  # a replica that was started again takes about so long
 _SUPERSEDE_TIMEOUT_S = 5.0
-_MOST_AT_ONCE = 256  # tokens: a message has a limit
 _REQUEST_ID = re.compile(r"[!-~]{0,128}")
 
 
@@ -306,8 +305,8 @@ class Generator:
             async with contextlib.aclosing(self._follow(request, ownership, transcript, span)) as arriving:
                 async for tokens in arriving:
                     wanted = [token for token in tokens if token.index >= wanted_from]
-                    for start in range(0, len(wanted), _MOST_AT_ONCE):
-                        yield wanted[start : start + _MOST_AT_ONCE]
+                    for start in range(0, len(wanted), MOST_TOKENS_AT_ONCE):
+                        yield wanted[start : start + MOST_TOKENS_AT_ONCE]
             status = "finished"
         except (asyncio.CancelledError, GeneratorExit):
             status = "cancelled" if isinstance(running.reason, Cancelled) else "left"
