@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
+from grpc.aio import Metadata
 
 from afd import Client
 from afd.client import Stream
 from afd.errors import DeadlineExceeded, Overloaded
 from afd.mesh import Mesh
+from afd.model.sampling_params import SamplingParams
 from afd.scrape import scrape
+from afd.urgency import NOT_URGENT
+from services.gateway.generation import Generator, Request
 from tests.conftest import Model, StartMesh
 
 PROMPT = [5, 6, 7]
@@ -50,6 +58,12 @@ async def test_sequences_beyond_those_that_may_wait_are_refused(mesh: Mesh, mode
         assert len(await collect(begin(client))) == 300
 
 
+def num_sequences(mesh: Mesh) -> int:
+    """What all attention replicas decode or let wait."""
+    totals = counted(mesh)
+    return totals["afd_sequences_running"] + totals["afd_sequences_waiting"]
+
+
 async def test_a_call_is_taken_with_all_its_sequences_or_refused_with_all(mesh: Mesh, model: Model) -> None:
     body = {"model": model.path.name, "prompt": [PROMPT] * 4, "max_tokens": 5, "stream": True}
 
@@ -59,9 +73,11 @@ async def test_a_call_is_taken_with_all_its_sequences_or_refused_with_all(mesh: 
         return urllib.request.urlopen(request, timeout=30)
 
     async with Client(mesh.gateway.address) as client:
-        for _ in range(3):
-            tokens = await collect(client.generate(PROMPT, max_tokens=20, ignore_eos=True, n=16))
-            assert Counter(token.choice for token in tokens) == dict.fromkeys(range(16), 20)
+        asked = asyncio.create_task(collect(client.generate(PROMPT, max_tokens=200, ignore_eos=True, n=16)))
+        async with asyncio.timeout(10):
+            while await asyncio.to_thread(num_sequences, mesh) < 16:
+                await asyncio.sleep(0.01)
+        assert Counter(token.choice for token in await asked) == dict.fromkeys(range(16), 200)
         assert Counter((await asyncio.to_thread(post)).read().split(b"\n"))[b"data: [DONE]"] == 1
         asking = [asyncio.create_task(collect(begin(client))) for _ in range(4)]
         await asyncio.sleep(0.3)
@@ -71,6 +87,51 @@ async def test_a_call_is_taken_with_all_its_sequences_or_refused_with_all(mesh: 
             await asyncio.to_thread(post)
         assert (raised.value.code, raised.value.headers["Retry-After"]) == (429, "1")
         await asyncio.gather(*asking)
+
+
+class FullReplica:
+    """An attention replica, as a gateway sees it, that has no room; and the balancer, which has no other one."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []  # for which choices
+        self.stub, self.replica, self.replica_id = self, self, "attention-0"
+
+    def Decode(self, request: Any, **options: Any) -> FullReplica:
+        self.asked.append(request.choice)
+        return self
+
+    async def initial_metadata(self) -> Metadata:
+        return Metadata()
+
+    async def read(self) -> None:
+        await asyncio.sleep(0.05)
+        raise grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "no room")
+
+    def cancel(self) -> None:
+        pass
+
+    def choose(self, lost: set[Any]) -> FullReplica | None:
+        return None if lost else self
+
+    @contextlib.asynccontextmanager
+    async def counted(self, entry: FullReplica) -> AsyncIterator[None]:
+        yield
+
+
+async def test_where_there_is_no_room_for_the_first_sequence_of_a_call_the_others_are_not_begun() -> None:
+    async def written(*arguments: Any) -> int:
+        return 1
+
+    replica: Any = FullReplica()
+    tokenizer: Any = SimpleNamespace(stream=lambda: None)
+    store: Any = SimpleNamespace(create=written, finish=written)
+    config: Any = None
+    generator = Generator(config, tokenizer, replica, store, timeout_s=10, failover_timeout_s=10, max_requests=10)
+    request = Request("r1", PROMPT, SamplingParams(n=3, max_tokens=5, seed=1), NOT_URGENT)
+    async with generator.opened(request) as arriving:
+        with pytest.raises(Overloaded, match="no room"):
+            await anext(arriving)
+    assert replica.asked == [0]
 
 
 def test_requests_beyond_those_that_a_gateway_holds_are_refused(model: Model, start_mesh: StartMesh) -> None:
