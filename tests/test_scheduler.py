@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from bisect import insort
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
 from afd.urgency import Urgency
 from services.attention.block_manager import BlockManager
-from services.attention.chunk import Chunk
+from services.attention.chunk import Chunk, ChunkCost
 from services.attention.scheduler import Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 
@@ -38,12 +39,11 @@ def summary(chunks: list[Chunk]) -> list[tuple[Sequence, int]]:
     return [(chunk.sequence, chunk.num_tokens) for chunk in chunks]
 
 
-def scheduling(num_blocks: int, block_size: int, max_sequences: int, prefill_chunk_tokens: int) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, block_size), max_sequences, prefill_chunk_tokens, cost=num_tokens)
-
-
-def num_tokens(chunk: Chunk) -> float:
-    return chunk.num_tokens
+def scheduling(
+    num_blocks: int, block_size: int, max_sequences: int, prefill_chunk_tokens: int, context_weight: float = 0.0
+) -> Scheduler:
+    blocks, cost = BlockManager(num_blocks, block_size), ChunkCost(context_weight)
+    return Scheduler(blocks, max_sequences, prefill_chunk_tokens, cost)
 
 
 @dataclass
@@ -344,6 +344,24 @@ def test_a_microbatch_that_got_dearer_leaves_some_to_the_other() -> None:
     run.land(0), run.land(1)
     assert len(run.arrived) == 3
     assert [len(run.begin(slot)) for slot in (0, 1)] == [2, 1]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(2, 4), st.sampled_from((1e-4, 0.01, 0.2)), st.randoms(use_true_random=False))
+def test_nobody_is_left_for_others_twice_in_a_row(number: int, context_weight: float, chooser: random.Random) -> None:
+    run = Run(scheduling(10_000, 16, 64, 512, context_weight), num_microbatches=number)
+    num_sequences = chooser.randint(2, 8)
+    since: dict[Sequence, tuple[int, int]] = {}  # the last round in which it got a token, and how many it has
+    for round_number in range(60):
+        while len(run.arrived) < num_sequences:
+            run.arrive(sequence(chooser.choice((1, 8, 40, 150)), max_tokens=chooser.randint(2, 60)))
+        for slot in range(number):
+            run.land(slot)
+            run.begin(slot)
+        for each in run.arrived:
+            if since.get(each, (0, -1))[1] != len(each.output_ids):
+                since[each] = round_number, len(each.output_ids)
+            assert round_number - since[each][0] < 2, "two rounds without a token"
 
 
 def test_one_sequence_is_never_in_two_microbatches() -> None:

@@ -41,8 +41,9 @@ class ChunkCost:
         linear = 2 * (q_and_kv + config.share_q_dim * heads_dim + heads_dim * config.hidden_size)
         return cls(4 * heads_dim / (linear + _ffn_flops(config) / max(1, num_ffn_shards)))
 
-    def __call__(self, chunk: Chunk) -> float:
-        start = chunk.sequence.num_computed
+    def __call__(self, chunk: Chunk, num_later: int = 0) -> float:
+        """Now, or so many tokens later."""
+        start = chunk.sequence.num_computed + num_later
         mean_context = start + (chunk.num_tokens + 1) / 2
         return chunk.num_tokens * (1 + self.context_weight * mean_context)
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from services.attention.block_manager import BlockManager
-from services.attention.chunk import Chunk, fair_share
+from services.attention.chunk import Chunk, ChunkCost, fair_share
 from services.attention.sequence import Sequence
 
 
 class Scheduler:
     def __init__(
-        self, blocks: BlockManager, max_sequences: int, prefill_chunk_tokens: int, cost: Callable[[Chunk], float]
+        self, blocks: BlockManager, max_sequences: int, prefill_chunk_tokens: int, cost: ChunkCost
     ) -> None:
         self.blocks = blocks
         self.max_sequences = max_sequences
@@ -56,8 +56,12 @@ class Scheduler:
 
     def schedule(self, slot: int, num_microbatches: int) -> list[Chunk]:
         """The chunks of this slot's next microbatch, in turn: its fair share of all that is not in flight, if there
-        are to be so many. They are in flight until they land."""
-        costs = [sum(map(self.cost, others)) for others in self.in_flight.values()]
+        are to be so many. They are in flight until they land.
+
+        What is left for others is for when they begin again, with a token more each. Compared with what they cost now,
+        the one that begins would be the dearer by that token whenever they are equal, and leave the same ones each time.
+        """
+        costs = [sum(self.cost(chunk, num_later=1) for chunk in others) for others in self.in_flight.values()]
         costs += [0.0] * (num_microbatches - 1 - len(costs))
         chunks = fair_share(self._ready(), costs, self.cost) if slot < num_microbatches else []
         for chunk in chunks:
