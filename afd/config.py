@@ -153,7 +153,7 @@ class AttentionSettings(ComputeSettings):
         "up to 4, found by trying; without FFN shards it is 1",
     )
     handoff: Literal["auto", "nixl", "shm", "inline"] = Field(
-        "auto", description="how tensors cross: nixl, shm or inline and nothing else, or the fastest that a pair has"
+        "auto", description="how tensors cross: nixl, shm, inline; or auto: shm, without it the fastest"
     )
     handoff_dtype: Literal["model", "fp8"] = Field(
         "model", description="of tensors on their way: the model's, or fp8 to the FFN and bfloat16 back"

@@ -154,6 +154,11 @@ class Shard:
         shape = self.shape(frame_dtype)
         return FrameSlots(SharedRegion(NUM_SLOTS * shape.frame_stride), shape)
 
+    def private_frames(self) -> FrameSlots:
+        """As on another host: shared memory cannot be had."""
+        shape = self.shape()
+        return FrameSlots(Region.private(NUM_SLOTS * shape.frame_stride), shape)
+
     async def connect(
         self, kind: TransportName = "inline", frame_dtype: torch.dtype = torch.float32, **changes: Any
     ) -> Pair:
@@ -397,7 +402,7 @@ async def test_pair_that_fails_while_it_comes_up_leaves_no_stream(
 ) -> None:
     lost_probe(monkeypatch, "inline")
     async with running_shard(model) as shard:
-        frames = shard.frames()
+        frames = shard.private_frames()
         with pytest.raises(PeerUnavailable, match="lost"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         await until_no_pair_is_left(shard)
@@ -409,13 +414,31 @@ async def test_transport_whose_probe_stays_away_is_passed_over(
 ) -> None:
     lost_probe(monkeypatch, losing)
     async with running_shard(model) as shard:
-        frames = shard.frames()
+        frames = shard.frames() if losing == "shm" else shard.private_frames()
         with pytest.raises(ConfigError, match=f"AFD_HANDOFF={losing} cannot be had .*: lost"):
             await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, losing, SPIN_S)
         transport, _ = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
         assert transport.name != losing
         transport.close()
         await until_no_pair_is_left(shard)
+
+
+async def test_auto_takes_shared_memory_where_it_can_be_had_and_else_the_fastest(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def probe(name: TransportName, *others: Any) -> Rung:
+        tried.append(name)
+        return Rung(name, latency_s={"shm": 0.003, "inline": 0.001, "nixl": 0.002}[name])
+
+    monkeypatch.setattr("afd.handoff.negotiate.probe", probe)
+    async with running_shard(model) as shard:
+        for frames, name in ((shard.frames(), "shm"), (shard.private_frames(), "inline")):
+            transport, _ = await asyncio.to_thread(connect_pair, shard.address, shard.hello(), frames, "auto", SPIN_S)
+            assert transport.name == name
+            transport.close()
+    assert tried[:2] == ["shm", "inline"], "where it can be had no other is tried"
 
 
 async def test_stream_without_a_hello_is_refused(model: Model) -> None:

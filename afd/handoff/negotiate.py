@@ -1,9 +1,8 @@
-"""Which transport a pair uses: each one allowed is tried with a probe, and the fastest wins."""
+"""Which transport a pair uses: shared memory if a probe comes through it, or the fastest of the others."""
 
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from afd.v1 import ffn_pb2 as pb
 log = logging.getLogger(__name__)
 
 TransportName = Literal["nixl", "shm", "inline"]
+# nixl last: an FFN that naps for its pair would hear another one's bell late
 LADDER: dict[TransportName, Callable[[str, pb.Hello, FrameSlots], Transport]] = {
-    "nixl": NixlTransport,
     "shm": ShmTransport,
     "inline": InlineTransport,
+    "nixl": NixlTransport,
 }
 
 _NUM_WARM_UPS, _NUM_SMALL, _NUM_LARGE = 3, 15, 3
@@ -38,7 +38,7 @@ class Rung:
     """One transport of a pair: what its probe measured, or why it cannot be had."""
 
     transport: TransportName
-    latency_s: float = 0.0  # median round trip of one token
+    latency_s: float = 0.0  # shortest round trip of one token: the others tell how busy the host is
     bytes_per_s: float = 0.0  # of the largest frame, both ways together
     reason: str = ""
 
@@ -48,9 +48,9 @@ class Rung:
         return f"{self.transport}: {self.latency_s * 1e6:.0f} µs, {self.bytes_per_s / 1e9:.2f} GB/s"
 
 
-def slowness(rung: Rung) -> float:
-    """What `auto` wants least of. Frames of decode steps are small: their latency counts."""
-    return rung.latency_s
+def slowness(rung: Rung) -> tuple[bool, float]:
+    """What `auto` wants least of (docs/adr/0014). Frames of decode steps are small: their latency counts."""
+    return rung.transport != "shm", rung.latency_s
 
 
 def connect_pair(
@@ -64,11 +64,13 @@ def connect_pair(
     usable: list[tuple[Transport, Rung]] = []
     best: tuple[Transport, Rung] | None = None
     try:
-        for name in reversed(LADDER):  # nixl last: an FFN that naps for its pair would hear another one's bell late
+        for name in LADDER:
             if wanted in (name, "auto"):
                 transport, rung = climb(name, address, hello, frames, spin_s)
                 log.debug("handoff to %s over %s", address, rung)
                 usable += [(transport, rung)] if transport else []
+                if transport and name == "shm":
+                    break
         if not usable:
             raise ConfigError(f"AFD_HANDOFF={wanted} cannot be had with the FFN at {address}: {rung.reason}")
         best = min(usable, key=lambda pair: slowness(pair[1]))
@@ -116,8 +118,8 @@ def probe(name: TransportName, transport: Transport, frames: FrameSlots, spin_s:
     num_bytes = frames.shape.frame_bytes(num_tokens) + frames.shape.answer_bytes(num_tokens)
     return Rung(
         name,
-        latency_s=statistics.median(small[_NUM_WARM_UPS:]),
-        bytes_per_s=num_bytes / statistics.median(large[1:]),
+        latency_s=min(small[_NUM_WARM_UPS:]),
+        bytes_per_s=num_bytes / min(large[1:]),
     )
 
 

@@ -18,9 +18,7 @@ from services.attention.sequence import Sequence
 
 
 class Scheduler:
-    def __init__(
-        self, blocks: BlockManager, max_sequences: int, prefill_chunk_tokens: int, cost: ChunkCost
-    ) -> None:
+    def __init__(self, blocks: BlockManager, max_sequences: int, prefill_chunk_tokens: int, cost: ChunkCost) -> None:
         self.blocks = blocks
         self.max_sequences = max_sequences
         self.prefill_chunk_tokens = prefill_chunk_tokens
@@ -58,8 +56,8 @@ class Scheduler:
         """The chunks of this slot's next microbatch, in turn: its fair share of all that is not in flight, if there
         are to be so many. They are in flight until they land.
 
-        What is left for others is for when they begin again, with a token more each. Compared with what they cost now,
-        the one that begins would be the dearer by that token whenever they are equal, and leave the same ones each time.
+        What is left for others is for when they begin again, with a token more each. Against what they cost now the one
+        that begins would be the dearer by that token whenever they are equal, and leave the same ones each time.
         """
         costs = [sum(self.cost(chunk, num_later=1) for chunk in others) for others in self.in_flight.values()]
         costs += [0.0] * (num_microbatches - 1 - len(costs))
