@@ -390,9 +390,9 @@ async def _leaks(mesh: Mesh) -> dict[str, float]:
 def report(outcome: Outcome) -> Iterator[Table | str]:
     faults = Table("fault", "number", "stalls", "p50 ms", "p99 ms", "longest ms", title="faults and stalls after them")
     for kind, number in sorted(Counter(fault.kind for fault in outcome.faults).items()):
-        stalls = _stalls_after(outcome, kind)
-        figures = (statistics.median(stalls), _quantile(stalls, 0.99), max(stalls)) if stalls else ()
-        faults.add_row(kind, str(number), str(len(stalls)), *(f"{1e3 * figure:.0f}" for figure in figures))
+        faults.add_row(kind, str(number), *_figures(_stalls_after(outcome, kind)))
+    undisturbed = [seconds for answer in outcome.expected.values() for _, seconds in answer.stalls_s]
+    faults.add_row("none, asked again", "", *_figures(undisturbed))
     yield faults
     clients = Table("clients", "requests", "tokens", "lost", "wrong", "shown twice", title="by the API that they use")
     for api in get_args(Api):
@@ -405,6 +405,12 @@ def report(outcome: Outcome) -> Iterator[Table | str]:
     yield sums
     yield from (f"request {number}: {outcome.answers[number].error}" for number in outcome.lost[:10])
     yield from (f"request {number}: {_first_difference(outcome, number)}" for number in outcome.wrong[:10])
+
+
+def _figures(stalls: list[float]) -> Iterator[str]:
+    yield str(len(stalls))
+    if stalls:
+        yield from (f"{1e3 * s:.0f}" for s in (statistics.median(stalls), _quantile(stalls, 0.99), max(stalls)))
 
 
 def _first_difference(outcome: Outcome, number: int) -> str:
