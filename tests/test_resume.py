@@ -29,7 +29,9 @@ from afd.mesh import Mesh, Service
 from afd.state.connection import connect
 from afd.state.embedded import EmbeddedRedis
 from afd.state.requests import RequestRecord, RequestStore, SequenceKey
+from afd.urgency import NOT_URGENT
 from afd.v1 import gateway_pb2 as pb
+from afd.v1.sampling_pb2 import SamplingParams
 from services.gateway import generation, openai_api
 from services.gateway.transcript import Transcript
 from tests.conftest import Model, StartMesh
@@ -160,6 +162,20 @@ async def test_who_resumes_a_request_gets_it_also_where_the_gateway_before_has_j
             assert (before.record.epoch, after.record.epoch) == (2, 3)
             with pytest.raises(StaleEpoch, match="epoch 2 is over, its owner's is 3"):
                 await before.claim("attention-1", nothing)
+
+
+async def test_a_request_is_not_gone_on_with_by_another_model() -> None:
+    key, record = SequenceKey("r1"), RequestRecord((5,), SamplingParams().SerializeToString(), "", "config-weights")
+    balancer = SimpleNamespace(fingerprint="config-others")
+    with EmbeddedRedis() as embedded:
+        async with connect(embedded.url) as redis:
+            store = RequestStore(redis, 60)
+            await store.create(key, record)
+            generator = generation.Generator(cast(Any, None), cast(Any, None), cast(Any, balancer), store, 60, 60, 10)
+            with pytest.raises(Mismatch, match="request r1 began with another model"):
+                await generator.reopen("r1", [0], NOT_URGENT)
+            balancer.fingerprint = record.fingerprint
+            assert (await generator.reopen("r1", [0], NOT_URGENT)).prompt_ids == [5]
 
 
 async def test_sampled_choices_and_their_alternatives_are_the_same_after_a_resumption(mesh: Mesh) -> None:

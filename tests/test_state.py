@@ -30,7 +30,7 @@ from tests.conftest import embedded_redis
 from tests.redis_servers import cluster_servers, cluster_url
 
 KEY = SequenceKey("r1")
-RECORD = RequestRecord(prompt_ids=(5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1")
+RECORD = RequestRecord((5, 6, 2**32 - 1), sampling=b"\x00\xff", owner="attention-1", fingerprint="c-w")
 CLAIM, OTHER_CLAIM = b"one", b"another"
 REPLICA = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(1, 3))
 PATIENCE_S = 10.0  # a test that waits longer than this hangs
@@ -103,8 +103,13 @@ async def wait_for(registry: Registry, expected: list[Replica]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def all_keys(redis: Redis) -> list[bytes]:
+    """Of all nodes."""
+    return [key async for key in redis.scan_iter("*")]
+
+
 async def lasting_keys(redis: Redis) -> list[bytes]:
-    return [key for key in await redis.keys("*") if await redis.pttl(key) < 0]
+    return [key for key in await all_keys(redis) if await redis.pttl(key) < 0]
 
 
 # --- who is alive ---
@@ -227,6 +232,18 @@ async def test_a_record_reads_as_it_was_written(store: RequestStore) -> None:
     assert await store.record(KEY) is None
     await store.create(KEY, RECORD)
     assert await store.record(KEY) == RECORD
+
+
+async def test_meshes_on_one_redis_know_nothing_of_each_others_requests(redis: Redis, store: RequestStore) -> None:
+    other = RequestStore(redis, 60, mesh="other")
+    await store.create(KEY, RECORD)
+    await store.append(entries(0, 1))
+    assert (await other.record(KEY), await other.journal(KEY)) == (None, [])
+    assert await other.create(KEY, replace(RECORD, owner="attention-2")) == 1
+    assert await other.take_over(KEY, RECORD, CLAIM) == []
+    await other.finish(KEY, 2, "cancelled")
+    assert (await store.record(KEY), await token_ids(store)) == (RECORD, [100, 101])
+    assert await store.append(entries(2)) == [None]
 
 
 async def test_the_status_is_written_at_the_end(store: RequestStore) -> None:
@@ -401,7 +418,7 @@ async def test_who_takes_over_learns_of_tokens_that_were_journaled_but_not_shown
 async def test_records_and_journals_expire_after_the_last_write(redis: Redis, store: RequestStore) -> None:
     await store.create(KEY, RECORD)
     await store.append(entries(0))
-    keys = await redis.keys("*")
+    keys = await all_keys(redis)
     assert len(keys) == 2
     for key in keys:
         await redis.pexpire(key, 1000)
@@ -419,7 +436,7 @@ async def test_nothing_is_kept_without_an_end(redis: Redis, store: RequestStore)
     await store.append([*entries(0), *entries(0, key=SequenceKey("without-record"))])
     await store.finish(KEY, 1, "finished")
     await store.finish(SequenceKey("unknown"), 1, "failed")
-    assert all([await redis.pttl(key) > 0 for key in await redis.keys("*")])
+    assert all([await redis.pttl(key) > 0 for key in await all_keys(redis)])
 
 
 async def test_a_flushed_script_cache_costs_nothing(redis: Redis, store: RequestStore) -> None:
@@ -435,24 +452,25 @@ async def test_a_token_that_could_not_be_journaled_is_not_passed_off_as_journale
 ) -> None:
     await store.create(KEY, RECORD)
     await store.append(entries(0))
-    await redis.config_set("maxmemory", 1)
+    everywhere = {"target_nodes": RedisCluster.ALL_NODES} if isinstance(redis, RedisCluster) else {}
+    await redis.execute_command("CONFIG SET", "maxmemory", 1, **everywhere)
     try:
         with pytest.raises(PeerUnavailable):
             await store.append(entries(1))
     finally:
-        await redis.config_set("maxmemory", 0)
+        await redis.execute_command("CONFIG SET", "maxmemory", 0, **everywhere)
     assert await store.append(entries(1)) == [None]
     assert await token_ids(store) == [100, 101]
 
 
 async def test_an_empty_step_writes_nothing(redis: Redis, store: RequestStore) -> None:
     assert await store.append([]) == []
-    assert await redis.keys("*") == []
+    assert await all_keys(redis) == []
 
 
 async def test_prompt_ids_are_kept_four_bytes_each(redis: Redis, store: RequestStore) -> None:
     await store.create(KEY, RECORD)
-    (key,) = await redis.keys("*")
+    (key,) = await all_keys(redis)
     assert await redis.hget(key, "prompt_ids") == struct.pack("<3I", *RECORD.prompt_ids)
 
 

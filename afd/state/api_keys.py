@@ -144,8 +144,11 @@ class Demand:
 
 
 class ApiKeys:
-    def __init__(self, redis: Redis) -> None:
+    """The keys of a Redis; only whose a request is concerns a mesh."""
+
+    def __init__(self, redis: Redis, mesh: str = "default") -> None:
         self.redis = redis
+        self.mesh = mesh
         self._admit = redis.register_script(_TODAY + _ADMIT)
         self._settle = redis.register_script(_TODAY + _SETTLE)
         self._claim = redis.register_script(_CLAIM)
@@ -212,14 +215,17 @@ class ApiKeys:
     async def claim(self, key_id: str, request_id: str, ttl_s: float) -> None:
         """Notes whose a request is. Raises InvalidRequest for the id of a request of another key."""
         async with translated_errors():
-            if not await self._claim(keys=[_owner(request_id)], args=[key_id, int(ttl_s * 1000)]):
+            if not await self._claim(keys=[self._owner(request_id)], args=[key_id, int(ttl_s * 1000)]):
                 raise InvalidRequest(f"the request_id {request_id!r} is taken", "request_id")
 
     async def owner_of(self, request_id: str) -> str | None:
         """The id of the key whose request it is, or was not long ago."""
         async with translated_errors():
-            owner = cast(bytes | None, await self.redis.get(_owner(request_id)))
+            owner = cast(bytes | None, await self.redis.get(self._owner(request_id)))
         return owner.decode() if owner else None
+
+    def _owner(self, request_id: str) -> str:
+        return f"afd:request-key:{{{self.mesh}:{request_id}}}"
 
 
 def slot_name(request_id: str, call: str, choice: int) -> str:
@@ -268,7 +274,3 @@ def _running(key_id: str) -> str:
 
 def _tokens(key_id: str) -> str:
     return f"afd:key:{{{key_id}}}:tokens"
-
-
-def _owner(request_id: str) -> str:
-    return f"afd:request-key:{{{request_id}}}"

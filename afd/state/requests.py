@@ -61,16 +61,17 @@ end
 return replies
 """
 _ENTRY = struct.Struct("<QQH")  # epoch, index, length of the packed token
-# KEYS: record, journal. ARGV: the epoch known, TTL in ms, a name for this claim, owner, prompt_ids, sampling, then the
-# packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is written again.
+# KEYS: record, journal. ARGV: the epoch known, TTL in ms, a name for this claim, owner, prompt_ids, sampling, the
+# fingerprint, then the packed tokens known. Begins a new epoch, unless somebody else already has; what was lost is
+# written again.
 _TAKE_OVER = """
 local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or 0)
 local is_own = epoch == ARGV[1] + 1 and redis.call('HGET', KEYS[1], 'claim') == ARGV[3]
 if epoch > tonumber(ARGV[1]) and not is_own then return redis.error_reply('STALE ' .. epoch) end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[1] + 1, 'claim', ARGV[3], 'status', 'running', 'owner', ARGV[4])
-redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[5], 'sampling', ARGV[6])
-for index = redis.call('XLEN', KEYS[2]), #ARGV - 7 do
-  redis.call('XADD', KEYS[2], (index + 1) .. '-0', 't', ARGV[index + 7])
+redis.call('HSET', KEYS[1], 'prompt_ids', ARGV[5], 'sampling', ARGV[6], 'fingerprint', ARGV[7])
+for index = redis.call('XLEN', KEYS[2]), #ARGV - 8 do
+  redis.call('XADD', KEYS[2], (index + 1) .. '-0', 't', ARGV[index + 8])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
@@ -97,19 +98,10 @@ class SequenceKey:
     choice: int = 0
 
     @cached_property
-    def record_key(self) -> bytes:
-        """In Redis."""
-        return f"afd:request:{self._tag}:{self.choice}".encode()
-
-    @cached_property
-    def journal_key(self) -> bytes:
-        """In Redis."""
-        return f"afd:journal:{self._tag}:{self.choice}".encode()
-
-    @property
-    def _tag(self) -> str:
-        """The braces keep a request's keys on one node of a Redis Cluster."""
-        return "{" + self.request_id.replace("%", "%25").replace("}", "%7D") + "}"
+    def name(self) -> bytes:
+        """In Redis, behind that of its mesh. The braces around both keep a request's keys on one node of a Cluster."""
+        quoted = self.request_id.replace("%", "%25").replace("}", "%7D")
+        return f"{quoted}}}:{self.choice}".encode()
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,7 @@ class RequestRecord:
     prompt_ids: tuple[int, ...]
     sampling: bytes  # afd.v1.SamplingParams of the request, serialised, with the seed that was drawn
     owner: str  # replica_id of the attention replica
+    fingerprint: str = ""  # of the model that it began with
     epoch: int = 1
     status: Status = "running"
 
@@ -151,11 +144,12 @@ class JournalEntry:
 
 
 class RequestStore:
-    """Records and journals in Redis; both expire `ttl_s` after the last write."""
+    """A mesh's records and journals in Redis; both expire `ttl_s` after the last write."""
 
-    def __init__(self, redis: Redis, ttl_s: float) -> None:
+    def __init__(self, redis: Redis, ttl_s: float, mesh: str = "default") -> None:
         self.redis = redis
         self.ttl_ms = int(ttl_s * 1000)
+        self._records, self._journals = (f"afd:{kind}:{{{mesh}:".encode() for kind in ("request", "journal"))
         self._is_cluster = isinstance(redis, RedisCluster)
         self._create = redis.register_script(_CREATE)
         self._append = redis.register_script(_APPEND)
@@ -178,13 +172,14 @@ class RequestStore:
             "prompt_ids": _pack_ids(record.prompt_ids),
             "sampling": record.sampling,
             "owner": record.owner,
+            "fingerprint": record.fingerprint,
             "status": record.status,
         }
         arguments = [self.ttl_ms, uuid.uuid4().bytes, *(part for pair in fields.items() for part in pair)]
 
         async def ask() -> int:
             async with translated_errors():
-                return int(await self._create(keys=[key.record_key, key.journal_key], args=arguments))
+                return int(await self._create(keys=self._keys(key), args=arguments))
 
         return await patiently(ask, _PATIENCE_S)
 
@@ -198,14 +193,14 @@ class RequestStore:
 
         Raises StaleEpoch if somebody else has taken it over since record.epoch, and PeerUnavailable as `create` does.
         """
-        owner, prompt_ids = record.owner, _pack_ids(record.prompt_ids)
-        known: list[int | str | bytes] = [record.epoch, self.ttl_ms, claim, owner, prompt_ids, record.sampling]
+        known: list[int | str | bytes] = [record.epoch, self.ttl_ms, claim, record.owner]
+        known += [_pack_ids(record.prompt_ids), record.sampling, record.fingerprint]
         known += [token.pack() for token in tokens]
 
         async def ask() -> list[JournaledToken]:
             async with translated_errors():
                 try:
-                    found = await self._take_over(keys=[key.record_key, key.journal_key], args=known)
+                    found = await self._take_over(keys=self._keys(key), args=known)
                 except ResponseError as error:
                     if str(error).startswith("STALE "):
                         raise _refusal(key, record.epoch, str(error)) from None
@@ -240,7 +235,7 @@ class RequestStore:
             groups.setdefault(entry.key.request_id if self._is_cluster else "", []).append(position)
         async with self.redis.pipeline(transaction=False) as pipe:
             for group in groups.values():
-                keys = [key for i in group for key in (entries[i].key.record_key, entries[i].key.journal_key)]
+                keys = [key for i in group for key in self._keys(entries[i].key)]
                 packed = b"".join([_pack(entries[i]) for i in group])
                 pipe.evalsha(self._append.sha, len(keys), *keys, self.ttl_ms, packed)
             answers = await pipe.execute(raise_on_error=False)
@@ -253,12 +248,12 @@ class RequestStore:
     async def finish(self, key: SequenceKey, epoch: int, status: Status) -> None:
         """Notes how a sequence ended, unless a newer owner has it or its record has expired."""
         async with translated_errors():
-            await self._finish(keys=[key.record_key], args=[epoch, self.ttl_ms, status])
+            await self._finish(keys=self._keys(key)[:1], args=[epoch, self.ttl_ms, status])
 
     async def record(self, key: SequenceKey) -> RequestRecord | None:
         """The record, or None once it has expired."""
         async with translated_errors():
-            fields = cast(dict[bytes, bytes], await self.redis.hgetall(key.record_key))
+            fields = cast(dict[bytes, bytes], await self.redis.hgetall(self._records + key.name))
         if b"prompt_ids" not in fields:
             return None
         packed = fields[b"prompt_ids"]
@@ -266,6 +261,7 @@ class RequestStore:
             prompt_ids=struct.unpack(f"<{len(packed) // 4}I", packed),
             sampling=fields[b"sampling"],
             owner=fields[b"owner"].decode(),
+            fingerprint=fields[b"fingerprint"].decode(),
             epoch=int(fields[b"epoch"]),
             status=cast(Status, fields[b"status"].decode()),
         )
@@ -273,9 +269,13 @@ class RequestStore:
     async def journal(self, key: SequenceKey, start: int = 0) -> list[JournaledToken]:
         """The tokens from index `start` on."""
         async with translated_errors():
-            found = await self.redis.xrange(key.journal_key, min=f"{start + 1}-0")
+            found = await self.redis.xrange(self._journals + key.name, min=f"{start + 1}-0")
             entries = cast(list[tuple[bytes, dict[bytes, bytes]]], found)
         return [JournaledToken.unpack(fields[b"t"]) for _, fields in entries]
+
+    def _keys(self, key: SequenceKey) -> list[bytes]:
+        """Of the record, and of the journal."""
+        return [self._records + key.name, self._journals + key.name]
 
 
 def _refusal(key: SequenceKey, epoch: int, reply: str) -> AfdError:

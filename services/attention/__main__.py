@@ -66,7 +66,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
 
     async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
-        store = RequestStore(redis, settings.journal_ttl_s)
+        store = RequestStore(redis, settings.journal_ttl_s, settings.mesh)
         journal = Journal(store, settings.journal_pace_s, settings.journal_patience_s, settings.journal_held_tokens)
         tracer = StepTracer()
 

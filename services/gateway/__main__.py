@@ -41,7 +41,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
     async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         balancer = Balancer(registry, config.digest)
-        store = RequestStore(redis, settings.journal_ttl_s)
+        store = RequestStore(redis, settings.journal_ttl_s, settings.mesh)
         generator = Generator(
             config,
             tokenizer,
@@ -52,7 +52,9 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
             settings.max_requests,
         )
         gatekeeper = Gatekeeper(
-            ApiKeys(redis), settings.require_api_key, settings.request_timeout_s + settings.journal_ttl_s
+            ApiKeys(redis, settings.mesh),
+            settings.require_api_key,
+            settings.request_timeout_s + settings.journal_ttl_s,
         )
         servicer = GatewayServicer(generator, gatekeeper, model_name, settings.max_body_bytes)
         app = make_app(generator, gatekeeper, model_name, settings.max_body_bytes)

@@ -22,6 +22,7 @@ from afd.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    Mismatch,
     NotFound,
     Overloaded,
     PeerUnavailable,
@@ -209,7 +210,8 @@ class Generator:
         """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
         choice. If it still runs here, its stream ends.
 
-        Raises NotFound if no record of it is left, Cancelled if that is how it ended.
+        Raises NotFound if no record of it is left, Cancelled if that is how it ended, Mismatch if it began with another
+        model.
         """
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
@@ -219,6 +221,8 @@ class Generator:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
         if record.status == "cancelled":
             raise Cancelled(f"request {request_id} was cancelled")
+        if self.balancer.fingerprint not in ("", record.fingerprint):
+            raise Mismatch(f"request {request_id} began with another model than there is now; ask it anew")
         params = sampling_from_proto(sampling_pb2.SamplingParams.FromString(record.sampling))
         if len(next_index) > params.n:
             raise InvalidRequest(f"the request has {params.n} choices, not {len(next_index)}", "next_index")
@@ -253,7 +257,7 @@ class Generator:
 
     async def _begin(self, request: Request) -> Request:
         keys = [SequenceKey(request.request_id, choice) for choice in range(request.params.n)]
-        epochs = await asyncio.gather(*(self.store.create(key, _record(request, epoch=0)) for key in keys))
+        epochs = await asyncio.gather(*(self.store.create(key, self._record(request, epoch=0)) for key in keys))
         return replace(request, epochs=tuple(epochs))
 
     async def _generate(
@@ -317,9 +321,13 @@ class Generator:
     async def _ownership(self, request: Request, choice: int) -> _Ownership:
         key = SequenceKey(request.request_id, choice)
         if request.resumed_at is None:
-            return _Ownership(self.store, key, _record(request, request.epochs[choice]), is_new=True)
-        record = await self.store.record(key) or _record(request, epoch=0)
+            return _Ownership(self.store, key, self._record(request, request.epochs[choice]), is_new=True)
+        record = await self.store.record(key) or self._record(request, epoch=0)
         return _Ownership(self.store, key, record, is_new=False)
+
+    def _record(self, request: Request, epoch: int) -> RequestRecord:
+        sampling = sampling_to_proto(request.params).SerializeToString()
+        return RequestRecord(tuple(request.prompt_ids), sampling, "", self.balancer.fingerprint, epoch)
 
     async def _follow(
         self, request: Request, ownership: _Ownership, transcript: Transcript, span: trace.Span
@@ -410,11 +418,6 @@ class Generator:
 
 
 _BACKGROUND: set[asyncio.Task[None]] = set()
-
-
-def _record(request: Request, epoch: int) -> RequestRecord:
-    sampling = sampling_to_proto(request.params).SerializeToString()
-    return RequestRecord(tuple(request.prompt_ids), sampling, owner="", epoch=epoch)
 
 
 def _journaled(token: attention_pb2.DecodedToken) -> JournaledToken:
