@@ -31,6 +31,7 @@ console = Console()
 notes = Console(stderr=True)
 
 _WATCH_S = 0.2
+_MOST = 256  # of a kind: a slip of the finger is not to fill the machine
 
 
 class Dtype(StrEnum):
@@ -39,12 +40,15 @@ class Dtype(StrEnum):
 
 
 Model = Annotated[Path, typer.Option("--model", envvar="AFD_MODEL", help="directory of the Hugging Face checkpoint")]
-Attention = Annotated[int, typer.Option(min=1, help="attention replicas")]
+Attention = Annotated[int, typer.Option(min=1, max=_MOST, help="attention replicas")]
 Ffn = Annotated[
-    int, typer.Option(min=0, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process")
+    int,
+    typer.Option(min=0, max=_MOST, envvar="AFD_FFN_SHARDS", help="FFN shards; 0 runs the FFN in the attention process"),
 ]
 
-FfnReplicas = Annotated[int, typer.Option(min=1, help="replicas of each FFN shard: any of them can take over")]
+FfnReplicas = Annotated[
+    int, typer.Option(min=1, max=_MOST, help="replicas of each FFN shard: any of them can take over")
+]
 
 
 def _number_or_auto(text: str | None) -> str | None:
@@ -96,7 +100,7 @@ def up(
     attention: Attention = 1,
     ffn: Ffn = 1,
     ffn_replicas: FfnReplicas = 1,
-    gateways: Annotated[int, typer.Option(min=1, help="gateways; all but the first one on free ports")] = 1,
+    gateways: Annotated[int, typer.Option(min=1, max=_MOST, help="gateways; all but the first one on free ports")] = 1,
     microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
@@ -173,10 +177,10 @@ def _until_signalled() -> Iterator[None]:
 
 @app.command()
 def scale(
-    attention: Annotated[int | None, typer.Option(min=1, help="attention replicas")] = None,
-    ffn: Annotated[int | None, typer.Option(min=1, help="FFN shards")] = None,
-    ffn_replicas: Annotated[int | None, typer.Option(min=1, help="replicas of each FFN shard")] = None,
-    gateways: Annotated[int | None, typer.Option(min=1, help="gateways; the first one stays")] = None,
+    attention: Annotated[int | None, typer.Option(min=1, max=_MOST, help="attention replicas")] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, max=_MOST, help="FFN shards")] = None,
+    ffn_replicas: Annotated[int | None, typer.Option(min=1, max=_MOST, help="replicas of each FFN shard")] = None,
+    gateways: Annotated[int | None, typer.Option(min=1, max=_MOST, help="gateways; the first one stays")] = None,
     target: Target = "127.0.0.1:50051",
 ) -> None:
     """Changes how many replicas and shards a mesh of `afd up` on this machine has, while its requests go on.
@@ -188,7 +192,11 @@ def scale(
     wanted = {name: count for name, count in given.items() if count is not None}
     if not wanted:
         raise typer.BadParameter("say what shall change: --attention, --ffn, --ffn-replicas or --gateways")
-    console.print(asyncio.run(control.ask(target, wanted, _note)), highlight=False)
+    try:
+        console.print(asyncio.run(control.ask(target, wanted, _note)), highlight=False)
+    except KeyboardInterrupt:
+        _note("the change goes on; `afd up` shows it")
+        raise typer.Exit(130) from None
 
 
 @app.command()

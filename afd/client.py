@@ -56,7 +56,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float]
     seed: int | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     min_tokens: int
     ignore_eos: bool
@@ -74,7 +74,9 @@ class UrgencyOptions(TypedDict, total=False):
 class Options(SamplingOptions, UrgencyOptions, total=False):
     """All keyword arguments of generate and chat."""
 
-    request_id: str  # for `resume` and `cancel`; one is made up where none is given
+    # For `resume` and `cancel`; one is made up where none is given. One that runs is refused, but for another gateway,
+    # which begins the request anew, so that the earlier stream ends.
+    request_id: str
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,7 @@ class Client:
             await self._stub.GetModel(pb.GetModelRequest(), timeout=1.0, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             reason = error.details() or ""
-            hint = "; if it wants TLS, give tls=True or ca" if "Socket closed" in reason and not self._is_tls else ""
-            return f": {reason}{hint}"
+            return f": {reason}{_tls_hint(reason, self._is_tls)}"
         return ""
 
     async def __aexit__(
@@ -314,11 +315,15 @@ class Client:
         _refuse_unknown(options, Options)
         sampling = {name: options.get(name) for name in SamplingOptions.__annotations__}
         given = {name: value for name, value in sampling.items() if value is not None}
+        if isinstance(options.get("stop"), str):
+            given["stop"] = [options["stop"]]
         with _typed():
             urgency = _urgency(options)
             request.request_id = options.get("request_id") or uuid.uuid4().hex
             request.priority = urgency.priority
-            request.sampling.CopyFrom(sampling_pb2.SamplingParams(**given))  # type: ignore[arg-type]
+        for name, value in given.items():
+            with _typed(name):
+                request.sampling.MergeFrom(sampling_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
         return Stream(self, request, urgency)
 
 
@@ -395,6 +400,15 @@ class SyncClient:
         self._loop.close()
 
 
+def _tls_hint(reason: str, is_tls: bool) -> str:
+    """What gRPC's words mean."""
+    if not is_tls:
+        return "; if it wants TLS, give tls=True or ca (--tls or --ca)" if "Socket closed" in reason else ""
+    if "WRONG_VERSION_NUMBER" in reason:
+        return "; it speaks no TLS, so give neither tls nor ca"
+    return "; another CA has signed its certificate" if "CERTIFICATE_VERIFY_FAILED" in reason else ""
+
+
 def _refuse_unknown(options: Mapping[str, object], known: Any) -> None:
     unknown = options.keys() - known.__annotations__.keys()
     if unknown:
@@ -415,11 +429,11 @@ def _is_being_cancelled() -> bool:
 
 
 @contextlib.contextmanager
-def _typed() -> Iterator[None]:
+def _typed(name: str | None = None) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a parameter is not of its type: {error}") from None
+        raise InvalidRequest(f"{name or 'a parameter'} is not of its type: {error}", name) from None
 
 
 @contextlib.contextmanager

@@ -117,4 +117,4 @@ class _Control:
 
 
 def _socket_path(gateway: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"afd-up-{os.getuid()}-{gateway}.sock"
+    return Path(tempfile.gettempdir()) / f"afd-up-{os.getuid()}-{gateway.replace('localhost:', '127.0.0.1:')}.sock"

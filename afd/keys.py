@@ -19,6 +19,7 @@ from afd.state.connection import connect
 app = typer.Typer(no_args_is_help=True, help="API keys of the gateways that share a Redis.")
 console = Console()
 notes = Console(stderr=True)
+_PIPE_WIDTH = 240  # columns, for whoever reads on
 
 T = TypeVar("T")
 
@@ -67,7 +68,8 @@ def list_keys(redis: RedisUrl) -> None:
         created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
         limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))
         table.add_row(key.key_id, key.name, f"{created:%Y-%m-%d}", *limits, str(tokens))
-    console.print(table)
+    lines = console if console.is_terminal else Console(width=_PIPE_WIDTH)
+    lines.print(table)
 
 
 @app.command()

@@ -63,6 +63,12 @@ class MeshOptions:
     startup_timeout_s: float = 120.0
     settings: dict[str, str] = field(default_factory=dict)  # further AFD_* settings, without the prefix
 
+    def check(self) -> None:
+        """Raises ConfigError for more shards than there is work for, or CheckpointError for the model."""
+        num_experts = Checkpoint(self.model).config.num_experts
+        if self.ffn > num_experts:
+            raise ConfigError(f"--ffn {self.ffn} is more than the {num_experts} experts that the model can share out")
+
     @property
     def seats(self) -> list[Seat]:
         """A seat for every process, in the order of their start."""
@@ -359,7 +365,7 @@ def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
 
     Raises ConfigError or CheckpointError with a sentence for what cannot start.
     """
-    Checkpoint(options.model)  # what is wrong with it is said once, here, not by every service
+    options.check()  # what is wrong with the model is said once, here, not by every service
     with contextlib.ExitStack() as stack:
         embedded = None if options.redis else stack.enter_context(EmbeddedRedis())
         mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), embedded)

@@ -25,6 +25,7 @@ async def scale(mesh: Mesh, wanted: MeshOptions, say: Say) -> None:
     PeerUnavailable if Redis does not take the new layout in time: then the old replicas run on beside the new ones.
     """
     _refuse_collocated(mesh.options, wanted)
+    await asyncio.to_thread(wanted.check)
     say(f"{counts(mesh.options)} -> {counts(wanted)}")
     kept, surplus, missing = _differences(mesh.services, wanted)
     async with mesh.registry() as registry:

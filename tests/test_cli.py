@@ -242,6 +242,8 @@ REFUSED_AT_ONCE: Refused = [
     (["up", "--model", "M", "--dtype", "float8"], {}, "float8"),
     (["up", "--model", "M", "--device", "tpu"], {}, "AFD_DEVICE"),
     (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
+    (["up", "--model", "M", "--ffn", "99"], {}, "--ffn 99 is more than the "),
+    (["scale", "--attention", "99999999999999"], {}, "--attention"),
     (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
     (
@@ -263,6 +265,7 @@ REFUSED_AT_ONCE: Refused = [
 REFUSED_BY_A_PROCESS: Refused = [
     (["up", "--model", "M", "--ffn", "0", "--device", "cuda:77"], {}, "no such GPU"),
     (["up", "--model", "M", "--ffn", "0"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
+    (["up", "--model", "M", "--ffn", "0"], {"AFD_NUM_KV_BLOCKS": "99999999999"}, "lower AFD_NUM_KV_BLOCKS"),
     (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
     (["up", "--model", "M", "--ffn", "0", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
     (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),

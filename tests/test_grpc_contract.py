@@ -258,12 +258,21 @@ def test_model_is_described(mesh: Mesh, model: Model) -> None:
     assert described.max_context_tokens == model.oracle.config.max_context_tokens
 
 
+async def test_one_stop_string_is_one(mesh: Mesh) -> None:
+    async with Client(mesh.gateway.address) as client:
+        for stop in ("abc", ["abc"]):
+            stream = client.generate("x", stop=stop)
+            assert stream._request.sampling.stop == ["abc"]  # type: ignore[union-attr]
+            await stream.aclose()
+
+
 def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
     with SyncClient(mesh.gateway.address) as client:
         bad: list[tuple[Any, dict[str, Any], str]] = [
             ([-1], {}, "prompt"),
             (["x"], {}, "prompt"),
-            ("x", {"max_tokens": "many"}, "a parameter is not of its type"),
+            ("x", {"max_tokens": "many"}, "max_tokens is not of its type"),
+            ("x", {"top_k": -1}, "top_k is not of its type"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),
             ("x", {"priority": 1 << 31}, "a parameter is not of its type"),
             ("x", {"timeout_s": "long"}, "a parameter is not of its type"),

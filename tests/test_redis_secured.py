@@ -44,6 +44,7 @@ async def use_everything(url: str, ca: Path | None = None) -> None:
         await store.create(key, RECORD)
         assert await store.append([JournalEntry(key, 1, 0, JournaledToken(7, -0.5))]) == [None]
         await store.finish(key, 1, "finished")
+        assert not await store.cancel(key), "it is over"
         assert await store.record(key) == replace(RECORD, status="finished")
         assert await store.journal(key) == [JournaledToken(7, -0.5)]
 
@@ -89,6 +90,10 @@ async def test_a_wrong_password_is_one_sentence(tmp_path: Path) -> None:
             async with connect(url_of_user(server).replace("PASSWORD", "secret")):
                 pass
         assert "secret" not in str(caught.value)
+        server.ask("CONFIG", "SET", "requirepass", "secret")
+        with pytest.raises(ConfigError, match=r"the Redis at redis://127.0.0.1:\d+ wants a password: redis://"):
+            async with connect(f"redis://127.0.0.1:{server.port}"):
+                pass
 
 
 # --- TLS ---

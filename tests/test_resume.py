@@ -164,6 +164,22 @@ async def test_who_resumes_a_request_gets_it_also_where_the_gateway_before_has_j
                 await before.claim("attention-1", nothing)
 
 
+async def test_a_request_is_cancelled_through_any_gateway(mesh: Mesh) -> None:
+    with second_gateway(mesh) as other:
+        async with Client(mesh.gateway.address) as client, Client(other) as elsewhere:
+            stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, n=2, request_id="unwanted")
+            seen = [await anext(stream) for _ in range(10)]
+            assert await elsewhere.cancel("unwanted")
+            with pytest.raises(Cancelled, match="request unwanted was cancelled"):
+                seen += [token async for token in stream]
+            assert len(seen) < 1800
+            for through in (client, elsewhere):
+                assert not await through.cancel("unwanted"), "it is over"
+                with pytest.raises(Cancelled):
+                    await anext(through.resume("unwanted"))
+            assert not await elsewhere.cancel("never begun")
+
+
 async def test_a_request_is_not_gone_on_with_by_another_model() -> None:
     key, record = SequenceKey("r1"), RequestRecord((5,), SamplingParams().SerializeToString(), "", "config-weights")
     balancer = SimpleNamespace(fingerprint="config-others")
@@ -172,7 +188,7 @@ async def test_a_request_is_not_gone_on_with_by_another_model() -> None:
             store = RequestStore(redis, 60)
             await store.create(key, record)
             generator = generation.Generator(cast(Any, None), cast(Any, None), cast(Any, balancer), store, 60, 60, 10)
-            with pytest.raises(Mismatch, match="request r1 began with another model"):
+            with pytest.raises(NotFound, match="request r1 began with another model"):
                 await generator.reopen("r1", [0], NOT_URGENT)
             balancer.fingerprint = record.fingerprint
             assert (await generator.reopen("r1", [0], NOT_URGENT)).prompt_ids == [5]
@@ -200,7 +216,7 @@ async def test_stream_that_is_resumed_elsewhere_ends(mesh: Mesh) -> None:
         await anext(stream)
         resumed = client.resume("moved")
         await anext(resumed)
-        with pytest.raises(Mismatch, match="resumed in another stream"):
+        with pytest.raises(Mismatch, match=r"was resumed .*in another stream"):
             async for _ in stream:
                 pass
         await resumed.aclose()

@@ -252,6 +252,16 @@ async def test_the_status_is_written_at_the_end(store: RequestStore) -> None:
     assert await store.record(KEY) == replace(RECORD, status="cancelled")
 
 
+async def test_what_is_cancelled_takes_no_tokens_and_is_not_cancelled_again(store: RequestStore) -> None:
+    await store.create(KEY, RECORD)
+    assert await store.append(entries(0)) == [None]
+    assert [await store.cancel(KEY) for _ in range(2)] == [True, False]
+    assert [type(refusal) for refusal in await store.append(entries(1))] == [StaleEpoch]
+    await store.finish(KEY, 1, "finished")
+    assert await store.record(KEY) == replace(RECORD, epoch=2, status="cancelled")
+    assert not await store.cancel(SequenceKey("unknown"))
+
+
 async def test_an_end_after_the_record_has_expired_makes_no_new_one(store: RequestStore) -> None:
     await store.finish(KEY, 1, "finished")
     assert await store.record(KEY) is None
@@ -318,7 +328,9 @@ async def test_a_new_owner_takes_over_and_the_old_ones_writes_are_refused(store:
     await store.append(entries(1, epoch=2))
     refusals = await store.append(entries(1, 2))
     assert [type(refusal) for refusal in refusals] == [StaleEpoch, StaleEpoch]
-    assert str(refusals[0]) == "request r1 was resumed in another stream: epoch 1 is over, its owner's is 2"
+    assert (
+        str(refusals[0]) == "request r1 was resumed or begun anew in another stream: epoch 1 is over, its owner's is 2"
+    )
     assert await token_ids(store) == [100, 101]
 
 

@@ -42,7 +42,12 @@ async def connect(url: str, ca: Path | None = None) -> AsyncIterator[Redis]:
             async with translated_errors():
                 await redis.ping()
         except (PeerUnavailable, RedisClusterException, TypeError) as error:  # TypeError: an option that is none
-            raise ConfigError(f"no Redis answers at {without_password(url)}: {error.__cause__ or error}") from None
+            reason = str(error.__cause__ or error)
+            if "HELLO must be called with the client already authenticated" in reason or "NOAUTH" in reason:
+                raise ConfigError(
+                    f"the Redis at {without_password(url)} wants a password: redis://USER:PASSWORD@HOST:PORT"
+                ) from None
+            raise ConfigError(f"no Redis answers at {without_password(url)}: {reason}") from None
         yield redis
 
 

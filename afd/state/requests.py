@@ -85,6 +85,14 @@ redis.call('HSET', KEYS[1], 'status', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
+# KEYS: record. ARGV: TTL in ms. Whose it is can write no more.
+_CANCEL = """
+if redis.call('HGET', KEYS[1], 'status') ~= 'running' then return 0 end
+redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+redis.call('HSET', KEYS[1], 'status', 'cancelled')
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
 _TOKEN = struct.Struct("<IfB")  # id, logprob, finish reason; then, for each of its top_logprobs:
 _TOP_LOGPROB = struct.Struct("<If")  # id, logprob
 _FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
@@ -155,6 +163,7 @@ class RequestStore:
         self._append = redis.register_script(_APPEND)
         self._take_over = redis.register_script(_TAKE_OVER)
         self._finish = redis.register_script(_FINISH)
+        self._cancel = redis.register_script(_CANCEL)
 
     async def is_reachable(self) -> bool:
         try:
@@ -250,6 +259,11 @@ class RequestStore:
         async with translated_errors():
             await self._finish(keys=self._keys(key)[:1], args=[epoch, self.ttl_ms, status])
 
+    async def cancel(self, key: SequenceKey) -> bool:
+        """Ends a sequence that runs, wherever: its owner's epoch is over. Whether it did."""
+        async with translated_errors():
+            return bool(await self._cancel(keys=self._keys(key)[:1], args=[self.ttl_ms]))
+
     async def record(self, key: SequenceKey) -> RequestRecord | None:
         """The record, or None once it has expired."""
         async with translated_errors():
@@ -285,7 +299,8 @@ def _refusal(key: SequenceKey, epoch: int, reply: str) -> AfdError:
         return JournalGap(f"request {key.request_id}: its journal was lost, it has {value} tokens", int(value))
     if kind == "STALE":
         return StaleEpoch(
-            f"request {key.request_id} was resumed in another stream: epoch {epoch} is over, its owner's is {value}"
+            f"request {key.request_id} was resumed or begun anew in another stream: "
+            f"epoch {epoch} is over, its owner's is {value}"
         )
     return PeerUnavailable(f"Redis does not answer: {reply.removeprefix('ERROR ')}")
 

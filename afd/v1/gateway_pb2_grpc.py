@@ -79,7 +79,7 @@ class GatewayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Cancels a running request of this gateway by its id; its stream ends with CANCELLED.
+        """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

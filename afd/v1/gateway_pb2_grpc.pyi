@@ -42,7 +42,7 @@ class GatewayServiceStub:
     and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]
-    """Cancels a running request of this gateway by its id; its stream ends with CANCELLED."""
+    """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]
     """Describes the model that is served."""
 
@@ -60,7 +60,7 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     and continues. A stream of it that is still open ends with FAILED_PRECONDITION. NOT_FOUND: it ended too long ago.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]  # type: ignore[assignment]
-    """Cancels a running request of this gateway by its id; its stream ends with CANCELLED."""
+    """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token."""
     GetModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model that is served."""
 
@@ -93,7 +93,7 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.CancelResponse, _abc.Awaitable[_gateway_pb2.CancelResponse]]:
-        """Cancels a running request of this gateway by its id; its stream ends with CANCELLED."""
+        """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token."""
 
     @_abc_1.abstractmethod
     def GetModel(

@@ -116,7 +116,13 @@ def _load(
     config, progress = checkpoint.config, loading_progress("attention")
     stack = load_attention(checkpoint, dtype, device, progress, settings.kernels, settings.cpus)
     num_slots = num_blocks * settings.block_size
-    return stack, KVCache.allocate(config.num_layers, num_slots, config.head_dim, dtype, device)
+    try:
+        return stack, KVCache.allocate(config.num_layers, num_slots, config.head_dim, dtype, device)
+    except RuntimeError:  # torch's word for memory that is not there
+        raise ConfigError(
+            f"{device} has no memory for {num_blocks} KV blocks of {settings.block_size} tokens: "
+            "lower AFD_NUM_KV_BLOCKS or AFD_KV_CACHE_GIB"
+        ) from None
 
 
 @contextlib.asynccontextmanager

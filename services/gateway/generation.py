@@ -104,8 +104,10 @@ class _Ownership:
         except StaleEpoch:
             if self._is_own:
                 raise
-        # The gateway that it comes from has still moved it.
+        # The gateway that it comes from has still moved it, or somebody has cancelled it.
         self.record = await self.store.record(self.key) or self.record
+        if self.record.status == "cancelled":
+            raise _cancelled(self.key.request_id)
         return await self._take_over(owner, transcript)
 
     async def _take_over(self, owner: str, transcript: Transcript) -> list[JournaledToken]:
@@ -194,12 +196,15 @@ class Generator:
         if request_id in self._running:
             raise InvalidRequest(f"a request {request_id!r} is already running", "request_id")
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a running request with Cancelled; whether there was one."""
-        running = self._running.get(request_id)
-        if running is not None:
-            running.end(Cancelled(f"request {request_id} was cancelled"))
-        return running is not None
+    async def cancel(self, request_id: str) -> bool:
+        """Ends a running request with Cancelled, at another gateway with its next token; whether there was one."""
+        if running := self._running.get(request_id):
+            running.end(_cancelled(request_id))
+            return True
+        record = await self.store.record(SequenceKey(request_id))
+        num_choices = _params(record).n if record else 0
+        keys = [SequenceKey(request_id, choice) for choice in range(num_choices)]
+        return any(await asyncio.gather(*map(self.store.cancel, keys)))
 
     def give_up(self) -> None:
         """Ends what still runs here; its clients can go on with it at another gateway."""
@@ -210,8 +215,7 @@ class Generator:
         """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
         choice. If it still runs here, its stream ends.
 
-        Raises NotFound if no record of it is left, Cancelled if that is how it ended, Mismatch if it began with another
-        model.
+        Raises NotFound if no record of it is left, or that of another model, Cancelled if that is how it ended.
         """
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
@@ -220,10 +224,10 @@ class Generator:
         if record is None:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
         if record.status == "cancelled":
-            raise Cancelled(f"request {request_id} was cancelled")
+            raise _cancelled(request_id)
         if self.balancer.fingerprint not in ("", record.fingerprint):
-            raise Mismatch(f"request {request_id} began with another model than there is now; ask it anew")
-        params = sampling_from_proto(sampling_pb2.SamplingParams.FromString(record.sampling))
+            raise NotFound(f"request {request_id} began with another model than there is now; ask it anew")
+        params = _params(record)
         if len(next_index) > params.n:
             raise InvalidRequest(f"the request has {params.n} choices, not {len(next_index)}", "next_index")
         resumed_at = (*next_index, *[0] * (params.n - len(next_index)))
@@ -312,11 +316,21 @@ class Generator:
                     for start in range(0, len(wanted), MOST_TOKENS_AT_ONCE):
                         yield wanted[start : start + MOST_TOKENS_AT_ONCE]
             status = "finished"
+        except Mismatch as error:
+            raise await self._why_over(ownership.key, error) from None
         except (asyncio.CancelledError, GeneratorExit):
             status = "cancelled" if isinstance(running.reason, Cancelled) else "left"
             raise
         finally:
             self._note_end(ownership, status)
+
+    async def _why_over(self, key: SequenceKey, error: Mismatch) -> AfdError:
+        """Why this gateway's epoch is: another one has cancelled the request, or the error says it."""
+        with contextlib.suppress(PeerUnavailable):
+            record = await self.store.record(key)
+            if record and record.status == "cancelled":
+                return _cancelled(key.request_id)
+        return error
 
     async def _ownership(self, request: Request, choice: int) -> _Ownership:
         key = SequenceKey(request.request_id, choice)
@@ -418,6 +432,14 @@ class Generator:
 
 
 _BACKGROUND: set[asyncio.Task[None]] = set()
+
+
+def _params(record: RequestRecord) -> SamplingParams:
+    return sampling_from_proto(sampling_pb2.SamplingParams.FromString(record.sampling))
+
+
+def _cancelled(request_id: str) -> Cancelled:
+    return Cancelled(f"request {request_id} was cancelled")
 
 
 def _journaled(token: attention_pb2.DecodedToken) -> JournaledToken:

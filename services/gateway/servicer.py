@@ -53,7 +53,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def Cancel(self, request: pb.CancelRequest, context: rpc.Context) -> pb.CancelResponse:
         async with rpc.aborting(context):
             is_own = await self.gatekeeper.owns(await self._caller(context), request.request_id)
-            return pb.CancelResponse(found=is_own and self.generator.cancel(request.request_id))
+            return pb.CancelResponse(found=is_own and await self.generator.cancel(request.request_id))
 
     async def GetModel(self, request: pb.GetModelRequest, context: rpc.Context) -> pb.GetModelResponse:
         async with rpc.aborting(context):
