@@ -19,7 +19,7 @@ from grpc.aio import Metadata
 
 from afd import Client
 from afd.client import Stream
-from afd.errors import DeadlineExceeded, Overloaded
+from afd.errors import DeadlineExceeded, InvalidRequest, Overloaded, PeerUnavailable
 from afd.mesh import Mesh
 from afd.model.sampling_params import SamplingParams
 from afd.scrape import scrape
@@ -94,7 +94,7 @@ class FullReplica:
 
     def __init__(self) -> None:
         self.asked: list[int] = []  # for which choices
-        self.stub, self.replica, self.replica_id = self, self, "attention-0"
+        self.stub, self.replica, self.replica_id, self.fingerprint = self, self, "attention-0", ""
 
     def Decode(self, request: Any, **options: Any) -> FullReplica:
         self.asked.append(request.choice)
@@ -116,6 +116,25 @@ class FullReplica:
     @contextlib.asynccontextmanager
     async def counted(self, entry: FullReplica) -> AsyncIterator[None]:
         yield
+
+
+def test_what_is_wrong_is_said_also_while_nobody_is_ready() -> None:
+    config: Any = SimpleNamespace(vocab_size=100)
+    balancer: Any = SimpleNamespace(num_ready=0, max_context_tokens=0)
+    nobody: Any = None
+    generator = Generator(config, nobody, balancer, nobody, timeout_s=10, failover_timeout_s=10, max_requests=10)
+    wrong = [
+        ("x y", PROMPT, {}),
+        ("", [], {}),
+        ("", [100], {}),
+        ("", PROMPT, {"n": 0}),
+        ("", PROMPT, {"max_tokens": 0}),
+    ]
+    for request_id, prompt, params in wrong:
+        with pytest.raises(InvalidRequest):
+            generator.admit(request_id, prompt, SamplingParams(**params), NOT_URGENT)
+    with pytest.raises(PeerUnavailable, match="no attention replica is ready"):
+        generator.admit("", PROMPT, SamplingParams(), NOT_URGENT)
 
 
 async def test_where_there_is_no_room_for_the_first_sequence_of_a_call_the_others_are_not_begun() -> None:

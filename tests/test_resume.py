@@ -348,6 +348,19 @@ def test_last_event_id_resumes_a_stream_of_events(mesh: Mesh, model: Model, prom
     assert json.loads(rest[-2][1])["usage"] == json.loads(whole[-2][1])["usage"]
 
 
+def test_last_event_id_with_another_body_is_refused_and_disturbs_nobody(mesh: Mesh, model: Model) -> None:
+    body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 200, "temperature": 0.3, "ignore_eos": True}
+    stream = post(mesh, body)
+    first = [next(stream) for _ in range(5)]
+    for other in ({"prompt": [9, 8]}, {"max_tokens": 5}, {"n": 2}, {"temperature": 0.4}, {"seed": 1}, {"stop": ["x"]}):
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            list(post(mesh, body | other, first[-1][0]))
+        assert raised.value.code == 400
+        assert "another prompt or other parameters" in raised.value.read().decode()
+    assert len(first + list(stream)) == 201
+    assert len(list(post(mesh, {**body, "max_tokens": None}, first[-1][0]))) == 196, "what is not said may be anything"
+
+
 def test_whole_answer_whose_request_is_resumed_elsewhere_is_a_conflict(mesh: Mesh, model: Model) -> None:
     """The other client did it: no fault of the gateway's."""
     body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 900, "ignore_eos": True}

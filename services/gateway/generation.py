@@ -60,6 +60,14 @@ class Request:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     is_first: bool = True  # of the requests of the call
 
+    def is_for(self, prompt_ids: list[int], params: SamplingParams) -> bool:
+        """Whether this could have come of that; what is not given could have been anything."""
+        own, given = self.params, sampling_from_proto(sampling_to_proto(params))  # as it is recorded
+        seed = own.seed if given.seed is None else given.seed
+        return prompt_ids == self.prompt_ids and own == replace(
+            given, seed=seed, max_tokens=given.max_tokens or own.max_tokens
+        )
+
 
 class _Lost(Exception):
     """An attention replica does not go on with a choice."""
@@ -148,19 +156,21 @@ class Generator:
         or PeerUnavailable while there is nobody to decode it."""
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
-        max_context = self.balancer.max_context_tokens
-        if not self.balancer.num_ready:
-            missing = "an FFN shard has no replica" if max_context else "no attention replica is ready"
-            raise PeerUnavailable(missing, retry_after_s=_RETRY_AFTER_S)
         if not _REQUEST_ID.fullmatch(request_id):
             raise InvalidRequest(
                 "request_id must be at most 128 printable ASCII characters without spaces", "request_id"
             )
-        self._refuse_running(request_id)
-        if self.num_running >= self.max_requests:
-            raise Overloaded(f"{self.num_running} requests are open at this gateway", retry_after_s=_RETRY_AFTER_S)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
+        check_token_ids("prompt", prompt_ids, self.config.vocab_size)
+        params.check(self.config.vocab_size)
+        self._refuse_running(request_id)
+        max_context = self.balancer.max_context_tokens
+        if not self.balancer.num_ready:
+            missing = "an FFN shard has no replica" if max_context else "no attention replica is ready"
+            raise PeerUnavailable(missing, retry_after_s=_RETRY_AFTER_S)
+        if self.num_running >= self.max_requests:
+            raise Overloaded(f"{self.num_running} requests are open at this gateway", retry_after_s=_RETRY_AFTER_S)
         room = max_context - len(prompt_ids)
         if room < 1:
             raise InvalidRequest(
@@ -168,8 +178,6 @@ class Generator:
                 "together",
                 "prompt",
             )
-        check_token_ids("prompt", prompt_ids, self.config.vocab_size)
-        params.check(self.config.vocab_size)
         if params.max_tokens is not None and params.max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens is {params.max_tokens}, but a prompt of {len(prompt_ids)} tokens leaves room for {room} "
@@ -213,13 +221,12 @@ class Generator:
 
     async def reopen(self, request_id: str, next_index: Sequence[int], urgency: Urgency) -> Request:
         """A request that somebody began here or at another gateway, to be shown from these indices on, one for each
-        choice. If it still runs here, its stream ends.
+        choice.
 
         Raises NotFound if no record of it is left, or that of another model, Cancelled if that is how it ended.
         """
         if self.draining:
             raise PeerUnavailable("this gateway is draining; ask another one")
-        await self._supersede(request_id)
         record = await self.store.record(SequenceKey(request_id))
         if record is None:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")

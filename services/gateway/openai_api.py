@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import prometheus_client
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd import tasks
 from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
+from afd.model.sampling_params import SamplingParams
 from afd.urgency import Urgency
 from services.gateway.auth import Caller, Gatekeeper
 from services.gateway.generation import Generator
@@ -30,6 +31,7 @@ from services.gateway.merge import merged
 from services.gateway.openai_format import ChatFormat, CompletionFormat, Format, Part
 from services.gateway.openai_types import ChatBody, CompletionBody
 from services.gateway.place import Place, request_ids
+from services.gateway.tokenizer import Tokenizer
 
 _OPEN_PATHS = ("/health", "/metrics")  # need no API key
 _MAX_CHOICES = 256  # of all prompts together
@@ -78,35 +80,34 @@ def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        prompts, urgency = _prompts(body), body.urgency()
-        admitted = await _reopen(generator, gatekeeper, len(prompts), urgency, request)
-        admitted = admitted or await _admit_completion(generator, body, prompts, urgency)
+        admitted = await _open(generator, gatekeeper, await _ask_completion(body, generator.tokenizer), request)
         return await _answer(generator, gatekeeper, admitted, CompletionFormat(body, generator), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, model_name)
-        urgency = body.urgency()
-        admitted = await _reopen(generator, gatekeeper, 1, urgency, request)
-        admitted = admitted or [await _admit_chat(generator, body, urgency)]
+        admitted = await _open(generator, gatekeeper, await _ask_chat(body, generator.tokenizer), request)
         return await _answer(generator, gatekeeper, admitted, ChatFormat(body, generator), request)
 
     return app
 
 
-def _prompts(body: CompletionBody) -> list[str | list[int]]:
-    """At least one, and not too many."""
-    prompts = body.prompts()
+@dataclass(frozen=True)
+class _Asked:
+    """A call: its prompts, and what is wanted of each."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    urgency: Urgency
+    request_id: str
+
+
+async def _ask_completion(body: CompletionBody, tokenizer: Tokenizer) -> _Asked:
+    urgency, prompts = body.urgency(), body.prompts()
     if not prompts:
         raise InvalidRequest("the prompt is empty", "prompt")
     if len(prompts) > _MAX_CHOICES:
         raise InvalidRequest(f"{len(prompts)} prompts are more than the {_MAX_CHOICES} allowed in a request", "prompt")
-    return prompts
-
-
-async def _admit_completion(
-    generator: Generator, body: CompletionBody, prompts: list[str | list[int]], urgency: Urgency
-) -> list[Admitted]:
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("logprobs of the prompt are not available: echo and logprobs exclude each other", "echo")
     params = body.sampling(body.max_tokens, body.logprobs or 0)
@@ -117,37 +118,47 @@ async def _admit_completion(
             f"{len(prompts)} prompts with n={params.n} are more than the {_MAX_CHOICES} choices allowed in a request",
             "n",
         )
-    admitted = []
-    names = request_ids(body.request_id or uuid.uuid4().hex, len(prompts))
-    for name, prompt in zip(names, prompts, strict=True):
-        prompt_ids = await generator.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        admitted.append(generator.admit(name, prompt_ids, params, urgency))
-    first, *others = admitted
-    return [first, *(replace(other, begun=first.begun, is_first=False) for other in others)]
+    ids = [await tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return _Asked(ids, params, urgency, body.request_id or uuid.uuid4().hex)
 
 
-async def _admit_chat(generator: Generator, body: ChatBody, urgency: Urgency) -> Admitted:
+async def _ask_chat(body: ChatBody, tokenizer: Tokenizer) -> _Asked:
+    urgency = body.urgency()
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = [message.for_template() for message in body.messages]
-    prompt_ids = await generator.tokenizer.encode_chat(messages, body.add_generation_prompt)
+    prompt_ids = await tokenizer.encode_chat(messages, body.add_generation_prompt)
     params = body.sampling(max_tokens, body.top_logprobs or 0)
-    return generator.admit(body.request_id or "", prompt_ids, params, urgency)
+    return _Asked([prompt_ids], params, urgency, body.request_id or uuid.uuid4().hex)
+
+
+async def _open(generator: Generator, gatekeeper: Gatekeeper, asked: _Asked, request: Request) -> list[Admitted]:
+    """A request for each prompt: new ones, or those behind the stream that a `Last-Event-ID` header belongs to."""
+    header = request.headers.get("last-event-id")
+    if header:
+        return await _reopen(generator, gatekeeper, asked, Place.parse(header, len(asked.prompts)), request)
+    names = request_ids(asked.request_id, len(asked.prompts))
+    first, *others = (
+        generator.admit(name, prompt_ids, asked.params, asked.urgency)
+        for name, prompt_ids in zip(names, asked.prompts, strict=True)
+    )
+    return [first, *(replace(other, begun=first.begun, is_first=False) for other in others)]
 
 
 async def _reopen(
-    generator: Generator, gatekeeper: Gatekeeper, num_prompts: int, urgency: Urgency, request: Request
-) -> list[Admitted] | None:
-    """The requests behind the stream that a `Last-Event-ID` header belongs to; their prompts are known. None without
-    that header. Raises InvalidRequest or NotFound."""
-    header = request.headers.get("last-event-id")
-    if not header:
-        return None
-    place = Place.parse(header, num_prompts)
+    generator: Generator, gatekeeper: Gatekeeper, asked: _Asked, place: Place, request: Request
+) -> list[Admitted]:
+    """Raises InvalidRequest for another call than that of the stream, or NotFound."""
+    asked.params.check(generator.config.vocab_size)
     for name in place.names:
         await gatekeeper.check_owner(request.state.caller, name)
-    return [await generator.reopen(name, place.of_prompt(number), urgency) for number, name in enumerate(place.names)]
+    reopened = [
+        await generator.reopen(name, place.of_prompt(number), asked.urgency) for number, name in enumerate(place.names)
+    ]
+    if not all(one.is_for(ids, asked.params) for one, ids in zip(reopened, asked.prompts, strict=True)):
+        raise InvalidRequest("Last-Event-ID is of a request with another prompt or other parameters: send the same")
+    return reopened
 
 
 async def _answer(
