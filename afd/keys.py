@@ -51,6 +51,8 @@ def create(
     min_priority: Annotated[int | None, typer.Option(help="lower ones, which go first, are refused")] = None,
 ) -> None:
     """Prints a new key: this once, it is kept nowhere."""
+    if not name.strip():
+        raise typer.BadParameter("a key has a name, for people")
     limits = Limits(requests_per_minute, concurrency, tokens_per_day, min_priority)
     print(_run(redis, lambda keys: keys.create(name, limits)))
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -366,12 +367,25 @@ def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
     Raises ConfigError or CheckpointError with a sentence for what cannot start.
     """
     options.check()  # what is wrong with the model is said once, here, not by every service
+    _refuse_taken_ports(options)
     with contextlib.ExitStack() as stack:
         embedded = None if options.redis else stack.enter_context(EmbeddedRedis())
         mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), embedded)
         stack.callback(mesh.stop)
         mesh.start()
         yield mesh
+
+
+def _refuse_taken_ports(options: MeshOptions) -> None:
+    """At once, not when all but the gateway is ready."""
+    host = options.settings.get("host") or os.environ.get("AFD_HOST") or "127.0.0.1"
+    for name, port in (("--grpc-port", options.grpc_port), ("--http-port", options.http_port)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(f"{host}:{port} cannot be had ({error.strerror}): give another {name}") from None
 
 
 @contextlib.contextmanager

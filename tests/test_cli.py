@@ -228,7 +228,7 @@ def test_busy_port_is_a_sentence(model: Model) -> None:
         for option in ("--grpc-port", "--http-port"):
             other = "--http-port" if option == "--grpc-port" else "--grpc-port"
             result = afd("up", "--model", model.path, "--ffn", 0, option, port, other, 0)
-            assert_refused(result, f"127.0.0.1:{port}")
+            assert_refused(result, f"127.0.0.1:{port} cannot be had (Address already in use): give another {option}")
 
 
 Refused = list[tuple[list[str], dict[str, str], str]]  # arguments, variables, and what is said
