@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -385,7 +386,8 @@ def _refuse_taken_ports(options: MeshOptions) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
-                raise ConfigError(f"{host}:{port} cannot be had ({error.strerror}): give another {name}") from None
+                way_out = name if error.errno in (errno.EADDRINUSE, errno.EACCES) else "AFD_HOST"
+                raise ConfigError(f"{host}:{port} cannot be had ({error.strerror}): give another {way_out}") from None
 
 
 @contextlib.contextmanager

@@ -244,6 +244,7 @@ REFUSED_AT_ONCE: Refused = [
     (["up", "--model", "M", "--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
     (["up", "--model", "M", "--ffn", "99"], {}, "--ffn 99 is more than the "),
     (["scale", "--attention", "99999999999999"], {}, "--attention"),
+    (["up", "--model", "M"], {"AFD_HOST": "192.0.2.1", "AFD_INSECURE": "1"}, "give another AFD_HOST"),
     (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
     (

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -192,6 +193,11 @@ async def test_a_request_is_not_gone_on_with_by_another_model() -> None:
                 await generator.reopen("r1", [0], NOT_URGENT)
             balancer.fingerprint = record.fingerprint
             assert (await generator.reopen("r1", [0], NOT_URGENT)).prompt_ids == [5]
+            balancer.fingerprint = ""
+            assert (await generator.reopen("r1", [0], NOT_URGENT)).prompt_ids == [5], "nobody is there just now"
+            await store.create(key, replace(record, fingerprint=""))
+            balancer.fingerprint = "config-weights"
+            assert (await generator.reopen("r1", [0], NOT_URGENT)).prompt_ids == [5], "nobody was there when it began"
 
 
 async def test_sampled_choices_and_their_alternatives_are_the_same_after_a_resumption(mesh: Mesh) -> None:

@@ -232,7 +232,10 @@ class Generator:
             raise NotFound(f"no request {request_id!r} is known; it ended long ago, or never began")
         if record.status == "cancelled":
             raise _cancelled(request_id)
-        if self.balancer.fingerprint not in ("", record.fingerprint):
+        known = {record.fingerprint, self.balancer.fingerprint} - {
+            ""
+        }  # "" was written, or is, where no replica is there
+        if len(known) > 1:
             raise NotFound(f"request {request_id} began with another model than there is now; ask it anew")
         params = _params(record)
         if len(next_index) > params.n:
