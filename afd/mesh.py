@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,9 +21,9 @@ from typing import Any, NamedTuple
 
 from afd.config import PUBLIC, SETTINGS_OF, load_settings, refuse_plain_text
 from afd.errors import ConfigError
+from afd.forkserver import ForkedProcess, ForkServer, Order
 from afd.model.checkpoint import Checkpoint
 from afd.placement import Cores, Placement, usable_cpus
-from afd.processes import start_child
 from afd.state.connection import connect, without_password
 from afd.state.embedded import EmbeddedRedis
 from afd.state.registry import Registry, Replica, Role
@@ -91,6 +90,11 @@ class MeshOptions:
     def takes_turns(self) -> bool:
         return self.device == "cpu" and self.cores is Cores.shared and self.threads is None
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What is read when torch is loaded: its threads must not hold the cores of the others' turns."""
+        return {"OMP_WAIT_POLICY": "passive"} if self.takes_turns and self.ffn else {}
+
     def tls_settings(self, role: Role) -> dict[str, Any]:
         if self.tls is None:
             return {}
@@ -116,10 +120,10 @@ class Service:
     role: Role
     index: int
     settings: dict[str, Any]
+    fork_server: ForkServer
     shard: tuple[int, int] | None = None
     placement: dict[str, Any] = field(default_factory=dict)  # settings of cores, where `settings` does not say
-    environment: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    process: ForkedProcess | None = None
     replica: Replica | None = None
 
     @property
@@ -130,6 +134,11 @@ class Service:
     def replica_id(self) -> str:
         return f"{self.role}-{self.index}"
 
+    @property
+    def main(self) -> str:
+        """What runs in the process, as "module:function"."""
+        return f"services.{self.role}.__main__:main"
+
     def check(self) -> None:
         """Raises ConfigError for settings that cannot be."""
         kind = SETTINGS_OF[self.role]
@@ -139,8 +148,7 @@ class Service:
     def start(self) -> None:
         settings = {**self.placement, **self.settings, "replica_id": self.replica_id}
         variables = {f"AFD_{name.upper()}": str(value) for name, value in settings.items()}
-        environment = {**self.environment, **os.environ, **variables}
-        self.process = start_child([sys.executable, "-m", f"services.{self.role}"], environment)
+        self.process = self.fork_server.start(Order(self.replica_id, self.main, {**os.environ, **variables}))
 
     def keep_ports(self) -> None:
         """From its next start on it is where it is now."""
@@ -200,9 +208,12 @@ class Service:
 class Mesh:
     """The running services. `gateway`, `http_url` and `services` tell where they are."""
 
-    def __init__(self, options: MeshOptions, redis_url: str, embedded: EmbeddedRedis | None = None) -> None:
+    def __init__(
+        self, options: MeshOptions, redis_url: str, fork_server: ForkServer, embedded: EmbeddedRedis | None = None
+    ) -> None:
         self.options = options
         self.redis_url = redis_url
+        self.fork_server = fork_server
         self.embedded = embedded
         self.name = os.environ.get("AFD_MESH") or f"up-{uuid.uuid4().hex[:8]}"  # others may share the Redis
         self.services: list[Service] = []
@@ -215,11 +226,9 @@ class Mesh:
         """Not started yet, and none of `services`."""
         taken = {service.index for service in [*self.services, *self.passing] if service.role == seat.role}
         index = next(index for index in itertools.count() if index not in taken)
-        service = Service(seat.role, index, self._settings(seat), seat.shard)
+        service = Service(seat.role, index, self._settings(seat), self.fork_server, seat.shard)
         if service.replica_id == "gateway-0":
             service.settings |= {"grpc_port": self.options.grpc_port, "http_port": self.options.http_port}
-        if seat.role != "gateway" and self.options.takes_turns and self.options.ffn:
-            service.environment["OMP_WAIT_POLICY"] = "passive"  # torch's threads must not hold the others' cores
         return service
 
     def _settings(self, seat: Seat) -> dict[str, Any]:
@@ -362,16 +371,18 @@ async def _look_up(services: Sequence[Service], registry: Registry) -> None:
 
 
 @contextlib.contextmanager
-def running_mesh(options: MeshOptions) -> Iterator[Mesh]:
-    """Starts a mesh, with an embedded Redis unless one is given; nothing of it is left afterwards.
+def running_mesh(options: MeshOptions, fork_server: ForkServer | None = None) -> Iterator[Mesh]:
+    """Starts a mesh, with an embedded Redis unless one is given, and from a fork server of its own unless there is one;
+    nothing of it is left afterwards.
 
     Raises ConfigError or CheckpointError with a sentence for what cannot start.
     """
     options.check()  # what is wrong with the model is said once, here, not by every service
     _refuse_taken_ports(options)
     with contextlib.ExitStack() as stack:
+        own = fork_server or stack.enter_context(ForkServer(options.environment))
         embedded = None if options.redis else stack.enter_context(EmbeddedRedis())
-        mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), embedded)
+        mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), own, embedded)
         stack.callback(mesh.stop)
         mesh.start()
         yield mesh

@@ -1,45 +1,48 @@
 """Children that do not outlive their parent.
 
-This file is also run as a script, in the child: it asks the kernel, and then becomes the command.
+Each has the reading end of a pipe as its standard input, and gets SIGTERM from the kernel when the parent's end of it
+is closed, however that comes about (Linux). This file is also run as a script, in the child, which becomes a command.
 """
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-_PR_SET_PDEATHSIG = 1
-
 
 def start_child(
     command: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Starts a command that gets SIGTERM when the thread that calls this ends, however that comes about (Linux).
+    """Starts a command that gets SIGTERM when this process ends, or lets go of what is returned.
 
     It has a session of its own: a Ctrl-C is for the parent alone.
     """
     output = subprocess.DEVNULL if quiet else None
     return subprocess.Popen(
-        [sys.executable, "-S", __file__, str(os.getpid()), *command],
+        [sys.executable, "-S", __file__, *command],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
         start_new_session=True,
     )
 
 
-def _become(parent: int, command: list[str]) -> None:
+def depend_on(lifeline: int) -> None:
+    """This process gets SIGTERM when nobody has the other end of the pipe any more. Exits if that is so already."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            sys.exit(1)  # it ended before the kernel was asked
-    os.execvp(command[0], command)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGTERM)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        if select.select([lifeline], [], [], 0)[0]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    _become(int(sys.argv[1]), sys.argv[2:])
+    depend_on(0)
+    os.execvp(sys.argv[1], sys.argv[1:])

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import os
 import random
 import signal
 import socket
@@ -37,6 +38,7 @@ from rich.table import Table
 from afd.bench import counters
 from afd.client import Client
 from afd.errors import PeerUnavailable
+from afd.forkserver import ForkServer
 from afd.mesh import Mesh, MeshOptions, Service
 from afd.state.embedded import EmbeddedRedis
 from benchmarks.clients import STALL_S, Answer, Api, Asker, GrpcAsker, HttpAsker, Question, ask
@@ -120,6 +122,12 @@ async def _slow_down(arena: Arena, chooser: random.Random) -> str:
     return f"{name} by {1e3 * delay_s:.0f} ms for {seconds:.1f} s"
 
 
+async def _kill_fork_server(arena: Arena, chooser: random.Random) -> str:
+    if (pid := arena.mesh.fork_server.pid) is not None:
+        os.kill(pid, signal.SIGKILL)
+    return "the fork server"
+
+
 async def _kill_redis(arena: Arena, chooser: random.Random) -> str:
     assert arena.mesh.embedded is not None
     arena.mesh.embedded.process.kill()
@@ -166,6 +174,7 @@ FAULTS: dict[str, Strike] = {
     "reset": _reset,
     "partition": _partition,
     "slow link": _slow_down,
+    "SIGKILL fork server": _kill_fork_server,
     "SIGKILL redis": _kill_redis,
     "SIGSTOP redis": _freeze_redis,
     FILLING: _fill_shared_memory,
@@ -261,8 +270,8 @@ class Outcome:
 @contextlib.contextmanager
 def arena_of(options: MeshOptions) -> Iterator[Arena]:
     """A mesh whose attention and FFN replicas are reached through proxies."""
-    with EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
-        mesh = Mesh(options, redis.url, redis)
+    with ForkServer(options.environment) as fork_server, EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
+        mesh = Mesh(options, redis.url, fork_server, redis)
         proxies: dict[str, Proxy] = {}
         for service in mesh.services:
             if service.role != "gateway":
@@ -375,13 +384,21 @@ async def _leaks(mesh: Mesh) -> dict[str, float]:
     while True:
         counted = await asyncio.to_thread(counters, mesh)
         leaks = {name: counted[name] for name in _LEAKS}
-        ours = {service.process.pid for service in mesh.services if service.process}
-        strays = [child for child in psutil.Process().children() if "services." in " ".join(child.cmdline())]
-        leaks["processes"] = len([child for child in strays if child.pid not in ours])
+        ours = {mesh.fork_server.pid, *(service.process.pid for service in mesh.services if service.process)}
+        leaks["processes"] = len([process for process in _from_fork_servers() if process.pid not in ours])
         leaks["files in /dev/shm"] = len(list(Path("/dev/shm").glob("afd-*")))
         if not any(leaks.values()) or time.monotonic() > deadline:
             return leaks
         await asyncio.sleep(0.5)
+
+
+def _from_fork_servers() -> Iterator[psutil.Process]:
+    """Those of this run, the servers included, whoever their parent is now."""
+    began = psutil.Process().create_time()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.create_time() >= began and "afd.forkserver" in process.cmdline():
+                yield process
 
 
 # The report.

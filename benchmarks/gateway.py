@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afd.bench import Percentiles
+from afd.forkserver import ForkServer
 from afd.mesh import Service
 from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
@@ -185,14 +186,14 @@ def stub_process(model_dir: Path, redis_url: str) -> Iterator[str]:
 def gateway_process(model_dir: Path, redis_url: str) -> Iterator[Replica]:
     """A gateway as `afd up` starts it."""
     settings = {"mesh": _MESH, "model": model_dir, "redis": redis_url, "trace_sample": 0, "log_level": "warning"}
-    service = Service("gateway", 0, settings)
-    service.start()
-    try:
-        yield asyncio.run(_registered(redis_url, "gateway"))
-    finally:
-        assert service.process is not None
-        service.process.terminate()
-        service.wait(_STOPS_S)
+    with ForkServer() as fork_server:
+        service = Service("gateway", 0, settings, fork_server)
+        service.start()
+        try:
+            yield asyncio.run(_registered(redis_url, "gateway"))
+        finally:
+            service.terminate()
+            service.wait(_STOPS_S)
 
 
 async def _registered(redis_url: str, role: Role) -> Replica:

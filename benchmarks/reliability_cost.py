@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from afd.bench import Load
+from afd.forkserver import ForkServer
 from afd.mesh import Mesh, MeshOptions, Service, running_mesh
-from afd.processes import start_child
 from afd.state.embedded import EmbeddedRedis
 from benchmarks.decode import MeasuredMesh
 from benchmarks.rounds import alternate, pooled, report
@@ -32,17 +32,16 @@ Running = Callable[[MeshOptions], contextlib.AbstractContextManager[Mesh]]
 
 
 class UnsafeService(Service):
-    def start(self) -> None:
-        settings = {**self.settings, "replica_id": self.replica_id, "lease_s": _DAY_S}
-        variables = {f"AFD_{name.upper()}": str(value) for name, value in settings.items()}
-        environment = {**self.environment, **os.environ, **variables}
-        self.process = start_child([sys.executable, "-m", "benchmarks.unsafe_service", self.role], environment)
+    @property
+    def main(self) -> str:
+        return "benchmarks.unsafe_service:main"
 
 
 @contextlib.contextmanager
 def running_unsafe_mesh(options: MeshOptions) -> Iterator[Mesh]:
-    with EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
-        mesh = Mesh(options, redis.url, redis)
+    options = replace(options, settings=options.settings | {"lease_s": str(_DAY_S)})
+    with ForkServer(options.environment) as fork_server, EmbeddedRedis() as redis, contextlib.ExitStack() as stack:
+        mesh = Mesh(options, redis.url, fork_server, redis)
         mesh.services = [UnsafeService(**vars(service)) for service in mesh.services]
         stack.callback(mesh.stop)
         mesh.start()

@@ -1,4 +1,4 @@
-"""A service that would survive nothing, for benchmarks.reliability_cost: `python -m benchmarks.unsafe_service ROLE`.
+"""A service that would survive nothing, for benchmarks.reliability_cost.
 
 Tokens are shown at once, nothing is kept of any request, and membership is looked up only when it changes; that leases
 are hardly ever renewed is left to AFD_LEASE_S. What cannot be taken away is left in: the epoch that every frame bears.
@@ -7,7 +7,7 @@ are hardly ever renewed is left to AFD_LEASE_S. What cannot be taken away is lef
 from __future__ import annotations
 
 import importlib
-import sys
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ def show_at_once(journal: Any, deliveries: list[Delivery]) -> None:
         delivery.sequence.outbox.put_nowait(delivery.event)
 
 
-def main(role: str) -> None:
+def main() -> None:
+    role, _, _ = os.environ["AFD_REPLICA_ID"].partition("-")
     service = importlib.import_module(f"services.{role}.__main__")  # a gateway imports no more than it does otherwise
     registry._POLL_S = _POLL_S
     if role == "gateway":
@@ -53,7 +54,3 @@ def main(role: str) -> None:
     elif role == "attention":
         service.Journal.put = show_at_once
     run_service(role, _SETTINGS[role], service.serve)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from afd.bench import counters
+from afd.forkserver import ForkServer
 from afd.mesh import Mesh, MeshOptions, running_mesh
 from afd.model.checkpoint import Checkpoint
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
@@ -112,7 +113,14 @@ StartMesh = Callable[..., contextlib.AbstractContextManager[Mesh]]
 
 
 @pytest.fixture(scope="session")
-def start_mesh() -> StartMesh:
+def fork_server() -> Iterator[ForkServer]:
+    """Loads torch once for the meshes of all tests."""
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def start_mesh(fork_server: ForkServer) -> StartMesh:
     """Runs a mesh of real processes in float32; keyword arguments are settings, as in `num_kv_blocks=8`."""
 
     @contextlib.contextmanager
@@ -140,7 +148,7 @@ def start_mesh() -> StartMesh:
             threads=1,
             settings={name: str(value) for name, value in settings.items()},
         )
-        with running_mesh(options) as mesh:
+        with running_mesh(options, fork_server) as mesh:
             yield mesh
 
     return start

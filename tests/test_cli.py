@@ -99,7 +99,7 @@ def test_up_tells_where_things_are_and_leaves_nothing_behind(
         ]
         assert all(psutil.pid_exists(entry["pid"]) for entry in ready["processes"])
         children = process.children(recursive=True)
-        assert len(children) == 6  # with the embedded Redis
+        assert len(children) == 7  # with the embedded Redis and the fork server
         with urllib.request.urlopen(ready["http"] + "/health", timeout=10) as answer:
             assert answer.status == 200
         process.send_signal(number)
@@ -147,7 +147,7 @@ def test_interrupt_while_starting_leaves_nothing_behind(model: Model, tmp_path: 
     with (tmp_path / "stderr").open("w") as stderr:
         process = psutil.Popen(command, stderr=stderr)
     deadline = time.monotonic() + 30
-    while len(process.children()) < 4:
+    while len(process.children(recursive=True)) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = process.children(recursive=True)

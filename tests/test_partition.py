@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-import afd.mesh
 from afd import Client, Token
-from afd.mesh import Mesh, MeshOptions
-from afd.processes import start_child
+from afd.forkserver import ForkServer
+from afd.mesh import Mesh, MeshOptions, Service
 from afd.scrape import scrape
 from tests.conftest import Model
 from tests.redis_servers import Server
@@ -79,26 +78,38 @@ def redis(link: Link, tmp_path: Path) -> Iterator[str]:
     server.kill()
 
 
-@contextlib.contextmanager
-def partitioned_mesh(
-    model: Path, redis: str, link: Link, far: str, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> Iterator[Mesh]:
-    """A mesh with the replica `far` behind the link."""
+class FarService(Service):
+    @property
+    def main(self) -> str:
+        return "tests.far_service:main"
 
-    def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        behind = environment["AFD_REPLICA_ID"] == far
-        return start_child([*(("ip", "netns", "exec", link.namespace) if behind else ()), *command], environment)
 
-    monkeypatch.setattr(afd.mesh, "start_child", start)
-    settings = {"handoff": "inline", "insecure": "1", "lease_s": "2"}
-    mesh = Mesh(MeshOptions(model=model, dtype="float32", threads=1, settings=settings, **options), redis)
-    for service in mesh.services:
-        service.settings["host"] = FAR if service.replica_id == far else NEAR
-    try:
-        mesh.start()
-        yield mesh
-    finally:
-        mesh.stop()
+StartPartitioned = Callable[..., contextlib.AbstractContextManager[Mesh]]
+
+
+@pytest.fixture
+def start_partitioned(
+    redis: str, link: Link, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> StartPartitioned:
+    """Runs a mesh with the replica `far` behind the link."""
+
+    @contextlib.contextmanager
+    def start(model: Path, far: str, **options: Any) -> Iterator[Mesh]:
+        monkeypatch.setenv("LINK_NAMESPACE", link.namespace)
+        settings = {"handoff": "inline", "insecure": "1", "lease_s": "2"}
+        all_options = MeshOptions(model=model, dtype="float32", threads=1, settings=settings, **options)
+        mesh = Mesh(all_options, redis, fork_server)
+        for place, service in enumerate(mesh.services):
+            if service.replica_id == far:
+                mesh.services[place] = FarService(**vars(service))
+            mesh.services[place].settings["host"] = FAR if service.replica_id == far else NEAR
+        try:
+            mesh.start()
+            yield mesh
+        finally:
+            mesh.stop()
+
+    return start
 
 
 async def generate(
@@ -125,7 +136,7 @@ def longest(times: Sequence[float]) -> float:
 
 
 def test_streams_go_on_while_an_ffn_replica_is_cut_off_and_use_it_again_afterwards(
-    make_model: Callable[[int], Model], link: Link, redis: str, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[[int], Model], link: Link, start_partitioned: StartPartitioned
 ) -> None:
     model = make_model(4)
 
@@ -142,13 +153,13 @@ def test_streams_go_on_while_an_ffn_replica_is_cut_off_and_use_it_again_afterwar
                 while count(mesh, "ffn-1", "afd_ffn_frames") == before:
                     await asyncio.gather(generate(client), generate(client))
 
-    with partitioned_mesh(model.path, redis, link, "ffn-1", monkeypatch, ffn_replicas=2) as mesh:
+    with start_partitioned(model.path, "ffn-1", ffn_replicas=2) as mesh:
         asyncio.run(run(mesh))
 
 
 @pytest.mark.slow
 def test_a_sequence_of_an_attention_replica_that_is_cut_off_goes_on_elsewhere_and_nothing_comes_twice(
-    make_model: Callable[[int], Model], link: Link, redis: str, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[[int], Model], link: Link, start_partitioned: StartPartitioned
 ) -> None:
     model = make_model(4)
 
@@ -166,5 +177,5 @@ def test_a_sequence_of_an_attention_replica_that_is_cut_off_goes_on_elsewhere_an
                 model.check_greedy(PROMPT, [token.id for token in tokens], [token.logprob for token in tokens])
             assert 1 < max(map(longest, times)) < 10, "one of them was cut off, and noticed by a ping"
 
-    with partitioned_mesh(model.path, redis, link, "attention-1", monkeypatch, attention=2) as mesh:
+    with start_partitioned(model.path, "attention-1", attention=2) as mesh:
         asyncio.run(run(mesh))

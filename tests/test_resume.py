@@ -58,7 +58,8 @@ def second_gateway(mesh: Mesh) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    gateway = Service("gateway", 1, {**mesh.services[-1].settings, "grpc_port": port, "http_port": 0})
+    settings = {**mesh.services[-1].settings, "grpc_port": port, "http_port": 0}
+    gateway = Service("gateway", 1, settings, mesh.fork_server)
     gateway.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from afd import Client, Token, control
 from afd.errors import ConfigError, PeerUnavailable
+from afd.forkserver import ForkServer
 from afd.mesh import Mesh, MeshOptions, Seat, Service
 from afd.scale import _differences, scale
 from afd.scrape import scrape
@@ -180,8 +181,9 @@ def test_scale_tells_what_it_does_and_refuses_what_cannot_be(model: Model, tmp_p
 
 def test_up_that_is_stopped_while_it_scales_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
     with running_up(model.path, tmp_path / "ready.json", "--ffn", 0) as (up, ready):
-        with scaling("--target", ready["grpc"], "--attention", 3) as process:
-            while len(children := up.children()) < 4:  # the embedded Redis is one
+        before = len(up.children(recursive=True))
+        with scaling("--target", ready["grpc"], "--attention", 6) as process:
+            while len(children := up.children(recursive=True)) <= before:
                 assert process.poll() is None
             up.terminate()
             assert process.wait(60) == 1
@@ -227,7 +229,7 @@ async def test_what_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(control, "scale", slow_scale)
     monkeypatch.setattr(Mesh, "gateway", Replica("gateway", "gateway-0", "here", "", 0))
     heard: list[str] = []
-    async with control.listening(Mesh(MeshOptions(Path("model")), "redis://"), heard.append):
+    async with control.listening(Mesh(MeshOptions(Path("model")), "redis://", ForkServer()), heard.append):
         await control.ask("here", {"attention": 2}, heard.append)
     assert heard == ["attention 2"] * 2
 
@@ -255,7 +257,7 @@ def options(draw: st.DrawFn) -> MeshOptions:
 
 @given(options(), options())
 def test_every_seat_is_taken_once_and_the_first_gateway_stays(present: MeshOptions, wanted: MeshOptions) -> None:
-    services = Mesh(present, "redis://").services
+    services = Mesh(present, "redis://", ForkServer()).services
     kept, surplus, missing = _differences(services, wanted)
     assert Counter([*(service.seat for service in kept), *missing]) == Counter(wanted.seats)
     assert {*kept, *surplus} == {*services}
@@ -266,7 +268,7 @@ def test_every_seat_is_taken_once_and_the_first_gateway_stays(present: MeshOptio
 
 def test_new_processes_share_the_cores_by_the_new_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFD_CPUS", "0-7")
-    mesh = Mesh(MeshOptions(Path("model")), "redis://")
+    mesh = Mesh(MeshOptions(Path("model")), "redis://", ForkServer())
     assert [service.placement.get("cpus") for service in mesh.services[:2]] == ["0,1,2,3,4,5,6,7"] * 2
     mesh.passing = [mesh.new_service(Seat("attention")), mesh.new_service(Seat("ffn", (0, 1)))]
     everyone: list[Service] = [*mesh.services, *mesh.passing]
@@ -278,6 +280,6 @@ def test_new_processes_share_the_cores_by_the_new_counts(monkeypatch: pytest.Mon
 
 
 def test_attention_replica_that_is_started_again_is_told_the_shards_there_are() -> None:
-    mesh = Mesh(MeshOptions(Path("model")), "redis://")
+    mesh = Mesh(MeshOptions(Path("model")), "redis://", ForkServer())
     mesh.arrange(mesh.services, dataclasses.replace(mesh.options, ffn=3))
     assert [service.settings.get("ffn_shards") for service in mesh.services] == [None, 3, None]

@@ -199,5 +199,9 @@ def _num_blocks(settings: AttentionSettings, checkpoint: Checkpoint, dtype: torc
     return min(num_blocks, longest * settings.max_sequences)
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_service("attention", AttentionSettings, serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -88,5 +88,9 @@ async def _refuse_stale_frames(registry: Registry, batcher: Batcher) -> None:
         batcher.oldest_epoch = layout.epoch
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_service("ffn", FFNSettings, serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -90,5 +90,9 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                 generator.give_up()
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_service("gateway", GatewaySettings, serve)
+
+
+if __name__ == "__main__":
+    main()
