@@ -10,9 +10,13 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PROBE_TIMEOUT_S = 1.0
 
 
 def start_child(
@@ -41,6 +45,18 @@ def depend_on(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
         if select.select([lifeline], [], [], 0)[0]:
             sys.exit(1)
+
+
+def has_listener(path: Path) -> bool:
+    """Whether a process listens at a Unix socket, whose file may be there without. Raises OSError if that cannot be
+    told."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,7 +36,6 @@ from afd.handoff.shm import (
     handing_over,
     open_bell,
     open_region,
-    sweep,
     take_over,
 )
 from afd.handoff.slots import FrameSlots, Region, SlotShape
@@ -669,14 +669,27 @@ def test_nobody_else_may_open_what_is_handed_over() -> None:
     assert not (DIRECTORY / name).exists()
 
 
-def test_sweep_removes_what_a_killed_process_left_and_nothing_else() -> None:
-    with handing_over([0]) as old, handing_over([0]) as young:
-        long_ago = time.time() - 3600
-        os.utime(DIRECTORY / old, (long_ago, long_ago))
-        sweep()
-        names = {path.name for path in DIRECTORY.iterdir()}
-        assert old not in names
-        assert young in names
+def test_a_pair_that_comes_up_removes_what_a_killed_process_left_and_nothing_else() -> None:
+    names = {kind: f"afd-{number:032x}" for number, kind in enumerate(("killed", "just made", "no socket's"))}
+    long_ago = time.time() - 3600
+    try:
+        for kind in ("killed", "just made"):
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(DIRECTORY / names[kind]))
+        (DIRECTORY / names["no socket's"]).with_suffix(".other").touch()
+        os.utime(DIRECTORY / names["killed"], (long_ago, long_ago))
+        region = SharedRegion(4096)
+        with handing_over([region.file.number]) as alive:
+            os.utime(DIRECTORY / alive, (long_ago, long_ago))
+            with handing_over([0]):
+                there = {path.name for path in DIRECTORY.iterdir()}
+            assert {alive, names["just made"], names["no socket's"] + ".other"} <= there
+            assert names["killed"] not in there
+            (file,) = take_over(alive, 1)  # who looked has taken nothing
+            open_region(file, 4096, writable=True)
+    finally:
+        for path in DIRECTORY.glob(f"afd-{'0' * 31}?*"):
+            path.unlink()
 
 
 def test_what_nobody_rings_for_is_looked_at_again_after_a_share_of_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

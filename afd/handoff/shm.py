@@ -28,11 +28,12 @@ from afd.handoff.bell import Bell
 from afd.handoff.control import HANDSHAKE_TIMEOUT_S, ControlStream, refusal
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape, aligned
+from afd.processes import has_listener
 from afd.v1 import ffn_pb2 as pb
 
 DIRECTORY = Path("/dev/shm")
 _NAME = re.compile(r"afd-[0-9a-f]{32}")
-_SWEEP_AFTER_S = 60.0  # no pair takes so long to come up
+_SWEEP_AFTER_S = 1.0  # a socket that has a name and no listener yet is younger
 _NUM_FILES = 7  # memory of frames, posts and answers; two pipes
 
 
@@ -77,6 +78,7 @@ class _Descriptor:
 def handing_over(files: Sequence[int]) -> Iterator[str]:
     """Gives open files to the one process that connects to a socket in /dev/shm while the block runs; yields the
     socket's name, which cannot be guessed. Raises TransportUnavailable if it cannot be made."""
+    _sweep()
     path = DIRECTORY / f"afd-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX) as listener:
         try:
@@ -85,7 +87,7 @@ def handing_over(files: Sequence[int]) -> Iterator[str]:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise TransportUnavailable(f"no socket can be made in {DIRECTORY} ({error.strerror})") from None
-        listener.listen(1)
+        listener.listen()
         giver = threading.Thread(target=_give, args=(listener, files), daemon=True)
         giver.start()
         try:
@@ -97,10 +99,19 @@ def handing_over(files: Sequence[int]) -> Iterator[str]:
 
 
 def _give(listener: socket.socket, files: Sequence[int]) -> None:
+    """To the first one who asks; a sweep connects, too, and does not."""
     with contextlib.suppress(OSError):  # nobody came
-        peer, _ = listener.accept()
-        with peer:
+        while not _has_given(listener.accept()[0], files):
+            pass
+
+
+def _has_given(peer: socket.socket, files: Sequence[int]) -> bool:
+    with peer, contextlib.suppress(OSError):
+        peer.settimeout(HANDSHAKE_TIMEOUT_S)
+        if peer.recv(1):
             socket.send_fds(peer, [b"!"], files)
+            return True
+    return False
 
 
 def take_over(name: str, num_files: int) -> list[int]:
@@ -112,6 +123,7 @@ def take_over(name: str, num_files: int) -> list[int]:
         with socket.socket(socket.AF_UNIX) as giver:
             giver.settimeout(HANDSHAKE_TIMEOUT_S)
             giver.connect(str(DIRECTORY / name))
+            giver.sendall(b"?")
             _, files, _, _ = socket.recv_fds(giver, 1, num_files, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise TransportUnavailable(
@@ -150,14 +162,13 @@ def open_bell(reading: int, writing: int) -> Bell:
     return Bell.given(reading, writing)
 
 
-def sweep() -> None:
-    """Removes what a process that was killed while a pair came up has left."""
+def _sweep() -> None:
+    """Removes the names that processes left which were killed while a pair came up."""
     for path in DIRECTORY.glob("afd-*"):
-        try:
-            if _NAME.fullmatch(path.name) and time.time() - path.stat().st_mtime > _SWEEP_AFTER_S:
+        with contextlib.suppress(OSError):  # another one was faster, or it is somebody else's
+            is_old = time.time() - path.stat().st_mtime > _SWEEP_AFTER_S
+            if _NAME.fullmatch(path.name) and is_old and not has_listener(path):
                 path.unlink()
-        except OSError:
-            continue  # another one was faster, or it is somebody else's
 
 
 class Posts:

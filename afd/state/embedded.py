@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,7 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from afd.errors import ConfigError
-from afd.processes import start_child
+from afd.processes import has_listener, start_child
 
 _PREFIX = "afd-redis-"
 _START_TIMEOUT_S = 10.0
@@ -104,14 +103,5 @@ def _remove_stale_directories() -> None:
     for directory in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):
             is_old = time.time() - directory.stat().st_mtime > _START_TIMEOUT_S
-            if is_old and not _has_listener(directory / "redis.sock"):
+            if is_old and not has_listener(directory / "redis.sock"):
                 shutil.rmtree(directory)
-
-
-def _has_listener(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        return True

@@ -19,7 +19,6 @@ from afd.config import AttentionSettings
 from afd.errors import ConfigError
 from afd.handoff.frame import FFN
 from afd.handoff.local import LocalFFN
-from afd.handoff.shm import sweep
 from afd.model.checkpoint import Checkpoint
 from afd.model.kv_cache import KVCache
 from afd.model.stack import AttentionStack
@@ -143,7 +142,6 @@ async def _local_ffn(
 @contextlib.asynccontextmanager
 async def _remote_ffn(connector: FfnConnector) -> AsyncIterator[FFN]:
     """Kept up while the block runs."""
-    sweep()
     settings = connector.settings
     log.info("waiting for the FFN's shards (AFD_FFN_SHARDS=%d)", settings.ffn_shards)
     async with connector.following():
