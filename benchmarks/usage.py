@@ -15,9 +15,8 @@ from redis.asyncio import Redis
 
 from afd.mesh import Mesh
 
-# Of a process's memory what it has made itself: pages of its files come and go with the page cache. "Anonymous" has
-# whole those that it still shares with the fork server, so that it does not grow when they part.
-_OWN_MEMORY = ("Anonymous:", "Pss_Shmem:", "SwapPss:")
+# Of a process's memory what it has made itself: pages of its files come and go with the page cache.
+_OWN_MEMORY = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")
 
 
 @dataclass(frozen=True)
