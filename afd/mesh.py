@@ -321,7 +321,10 @@ class Mesh:
             time.sleep(_RESTART_PAUSE_S)
         for service in ended:
             log.warning("%s has ended; it is started again", service.replica_id)
-            service.start()
+            try:
+                service.start()
+            except (ConfigError, OSError) as error:  # memory, processes or files may be short just now
+                log.warning("%s; it is tried again", error)
 
     def stop(self) -> None:
         """Drains and ends every process: gateway first, FFN last."""
@@ -380,9 +383,9 @@ def running_mesh(options: MeshOptions, fork_server: ForkServer | None = None) ->
     options.check()  # what is wrong with the model is said once, here, not by every service
     _refuse_taken_ports(options)
     with contextlib.ExitStack() as stack:
-        own = fork_server or stack.enter_context(ForkServer(options.environment))
+        server = fork_server or stack.enter_context(ForkServer(options.environment))
         embedded = None if options.redis else stack.enter_context(EmbeddedRedis())
-        mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), own, embedded)
+        mesh = Mesh(options, options.redis or (embedded.url if embedded else ""), server, embedded)
         stack.callback(mesh.stop)
         mesh.start()
         yield mesh

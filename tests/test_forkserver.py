@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 import afd.forkserver
+import afd.mesh
 from afd.errors import ConfigError
 from afd.forkserver import ForkedProcess, ForkServer, Order
+from afd.mesh import Mesh, MeshOptions
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +138,25 @@ process = server.start(Order("forked-0", "{__name__}:sleep", dict(os.environ)))
 print(process.pid, server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    said = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False).stdout
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=50).stdout
     pids = [int(pid) for pid in said.split()]
     assert len(pids) == 2
     until(lambda: not any(psutil.pid_exists(pid) and not has_ended(psutil.Process(pid)) for pid in pids))
+
+
+def test_a_mesh_goes_on_while_nothing_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(ForkServer):
+        def start(self, order: Order) -> ForkedProcess:
+            raise error
+
+    monkeypatch.setattr(afd.mesh, "_RESTART_PAUSE_S", 0.0)
+    mesh = Mesh(MeshOptions(Path("model")), "redis://", Broken())
+    for error in (ConfigError("no server"), OSError("no memory")):
+        mesh.watch()
+        assert f"{error}; it is tried again" in caplog.text
 
 
 def test_a_server_that_cannot_load_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
