@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -169,8 +171,13 @@ def test_scale_tells_what_it_does_and_refuses_what_cannot_be(model: Model, tmp_p
         assert control._socket_path(ready["grpc"].partition(",")[0]).stat().st_mode & 0o777 == 0o600
         assert_refused(afd("scale", *target, "--ffn", 2), "inside its attention replicas (--ffn 0)")
         assert_refused(afd("scale", *target, "--ffn-replicas", 2), "inside its attention replicas (--ffn 0)")
+        drained = next(
+            entry["pid"] for entry in ready["processes"] if (entry["role"], entry["index"]) == ("gateway", 1)
+        )
+        os.kill(drained, signal.SIGSTOP)  # the change cannot be over before it goes on
         with scaling(*target, "--attention", 2, "--gateways", 1) as process:
             assert_refused(afd("scale", *target, "--attention", 1), "this mesh is being scaled; ask again when")
+            os.kill(drained, signal.SIGCONT)
             out, steps = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "attention 2, ffn 0x1, gateways 1\n")
         assert names(steps.splitlines()) == "attention-1 gateway-1"
