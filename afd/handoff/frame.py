@@ -92,6 +92,10 @@ class FFN(Protocol):
     def is_whole(self) -> bool:
         """Whether there is a replica of every shard, so that a step can be done at all."""
 
+    @property
+    def epoch(self) -> int:
+        """Of the layout of shards that frames go by; 0 where the FFN is in this process."""
+
     def buffer(self, batch: InFlight) -> tuple[Tensor, Routing] | None:
         """Where ffn_input [T, D] and routing are best written, so that they need not be copied; None: anywhere."""
 

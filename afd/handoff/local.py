@@ -16,6 +16,7 @@ class LocalFFN:
 
     transport_names: tuple[str, ...] = ()
     is_whole = True
+    epoch = 0
 
     def __init__(self, shard: FFNShard) -> None:
         self.shard = shard

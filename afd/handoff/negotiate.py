@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from afd.errors import AfdError, ConfigError, InternalError, PeerUnavailable, TransportUnavailable
+from afd.handoff import nixl_link, shm
 from afd.handoff.frame import Frame
 from afd.handoff.inline import InlineTransport
 from afd.handoff.nixl import NixlTransport
@@ -46,6 +47,12 @@ class Rung:
         if self.reason:
             return f"{self.transport}: no, {self.reason}"
         return f"{self.transport}: {self.latency_s * 1e6:.0f} µs, {self.bytes_per_s / 1e9:.2f} GB/s"
+
+
+def possible_transports() -> tuple[TransportName, ...]:
+    """Those that this host has the parts for. Which of them reach a peer, a probe says."""
+    has_parts = {"shm": shm.is_possible(), "nixl": nixl_link.is_installed(), "inline": True}
+    return tuple(name for name in LADDER if has_parts[name])
 
 
 def slowness(rung: Rung) -> tuple[bool, float]:

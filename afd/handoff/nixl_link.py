@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import mmap
 import os
 import struct
@@ -48,6 +49,11 @@ def _load(role: str) -> ModuleType:
     raise TransportUnavailable(
         f"the {role} has no NIXL ({'; '.join(reasons)}): pip install 'afd[nixl-cu12]', or 'afd[nixl-cu13]' for CUDA 13"
     )
+
+
+def is_installed() -> bool:
+    """Whether there is a NIXL to load. That it works is only seen when it is used."""
+    return any(importlib.util.find_spec(module) for module in _MODULES)
 
 
 class Note(NamedTuple):

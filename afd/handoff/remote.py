@@ -85,6 +85,10 @@ class RemoteFFN:
     def is_whole(self) -> bool:
         return self.table.is_whole
 
+    @property
+    def epoch(self) -> int:
+        return self.table.epoch
+
     def buffer(self, batch: InFlight) -> tuple[Tensor, Routing] | None:
         return self.frames.buffer(batch.slot, batch.num_tokens) if self.device.type == "cpu" else None
 

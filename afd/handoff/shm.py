@@ -43,7 +43,7 @@ class SharedRegion(Region):
 
     def __init__(self, num_bytes: int) -> None:
         """Raises TransportUnavailable where there is no shared memory, or too little."""
-        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        if not _keeps_order():
             raise TransportUnavailable(
                 f"shared memory needs Linux, and x86-64's order of writes; this is {sys.platform} on "
                 f"{platform.machine()}"
@@ -60,6 +60,15 @@ class SharedRegion(Region):
                 f"{num_bytes >> 10} KiB of shared memory cannot be had ({error.strerror}); lower AFD_MAX_SEQUENCES or "
                 "AFD_PREFILL_CHUNK_TOKENS"
             ) from None
+
+
+def is_possible() -> bool:
+    """Whether this host has the parts: an order of writes, and a place for sockets."""
+    return _keeps_order() and os.access(DIRECTORY, os.W_OK | os.X_OK)
+
+
+def _keeps_order() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 
 
 class _Descriptor:

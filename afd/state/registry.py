@@ -9,9 +9,9 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, cast
 
 from redis.asyncio import Redis
@@ -94,7 +94,11 @@ class Replica:
     is_ready: bool = True  # of an attention replica: every shard of its FFN has a replica
     http_address: str | None = None  # of a gateway
     metrics_address: str | None = None
-    transports: tuple[str, ...] = field(default=("inline",))
+    transports: tuple[str, ...] = ()  # that an FFN replica's host has the parts for, or an attention replica uses
+    epoch: int = 0  # of the layout that it goes by
+    capacity: Mapping[str, int] = field(default_factory=dict)  # what it takes on at once: "sequences", "kv_blocks", ...
+    load: Mapping[str, int] = field(default_factory=dict)  # what it has of that, when it last renewed its lease
+    sequences_at: Mapping[str, int] = field(default_factory=dict)  # a gateway's, by the attention replica's incarnation
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)  # another one after a restart
 
     def encode(self) -> str:
@@ -102,7 +106,8 @@ class Replica:
 
     @classmethod
     def decode(cls, text: bytes) -> Self:
-        values: dict[str, Any] = json.loads(text)
+        known = {each.name for each in fields(cls)}  # a later version may say more
+        values: dict[str, Any] = {name: value for name, value in json.loads(text).items() if name in known}
         values["shard"] = tuple(values["shard"]) if values["shard"] else None
         values["transports"] = tuple(values["transports"])
         return cls(**values)

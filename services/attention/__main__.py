@@ -177,8 +177,20 @@ async def _serve_engine(
             pid=os.getpid(),
             max_context_tokens=max_context_tokens,
             metrics_address=f"{settings.advertised_host}:{metrics_port}",
+            capacity={"sequences": settings.max_sequences, "kv_blocks": engine.scheduler.blocks.num_blocks},
         )
-        async with registry.registered(lambda: dataclasses.replace(replica, is_ready=engine.decoder.ffn.is_whole)):
+
+        def described() -> Replica:
+            ffn, blocks = engine.decoder.ffn, engine.scheduler.blocks
+            return dataclasses.replace(
+                replica,
+                is_ready=ffn.is_whole,
+                transports=tuple(sorted(set(ffn.transport_names))),
+                epoch=ffn.epoch,
+                load={"sequences": servicer.num_open, "kv_blocks": blocks.num_used},
+            )
+
+        async with registry.registered(described):
             await stop.wait()
         servicer.draining = True
         await until_none_open(lambda: servicer.num_open, settings.drain_timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 
 import grpc.aio
@@ -13,6 +14,7 @@ from afd.access import Access
 from afd.compute import ComputeThread, choose_device, loading_progress, renice_thread
 from afd.config import FFNSettings
 from afd.handoff.handshake import topology
+from afd.handoff.negotiate import possible_transports
 from afd.model.checkpoint import Checkpoint
 from afd.model.weights import load_ffn_shard
 from afd.rpc import serving
@@ -76,9 +78,16 @@ async def _serve_batcher(
             pid=os.getpid(),
             shard=settings.shard,
             metrics_address=f"{settings.advertised_host}:{metrics_port}",
+            transports=possible_transports(),
+            capacity={"frame_tokens": settings.max_frame_tokens},
         )
+
+        def described() -> Replica:
+            load = {"pairs": servicer.num_streams, "frames": batcher.num_queued}
+            return dataclasses.replace(replica, epoch=batcher.oldest_epoch, load=load)
+
         registry = Registry(redis, settings.lease_s, settings.mesh)
-        async with background(_refuse_stale_frames(registry, batcher)), registry.registered(lambda: replica):
+        async with background(_refuse_stale_frames(registry, batcher)), registry.registered(described):
             await stop.wait()
         await until_none_open(lambda: servicer.num_streams, settings.drain_timeout_s)
 

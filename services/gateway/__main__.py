@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 
@@ -40,7 +41,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
     tokenizer = Tokenizer(settings.model, config.max_context_tokens)
     async with connect(settings.redis, settings.redis_ca) as redis:
         registry = Registry(redis, settings.lease_s, settings.mesh)
-        balancer = Balancer(registry, config.digest)
+        balancer = Balancer(registry, config.digest, settings.replica_id)
         store = RequestStore(redis, settings.journal_ttl_s, settings.mesh)
         generator = Generator(
             config,
@@ -68,7 +69,11 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         def add_services(server: grpc.aio.Server) -> None:
             gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server)
 
-        async with background(balancer.follow()), background(gatekeeper.settle()):
+        async with (
+            background(balancer.follow()),
+            background(balancer.follow_gateways()),
+            background(gatekeeper.settle()),
+        ):
             await balancer.wait_until_ready(settings.startup_timeout_s)
             async with (
                 serving(add_services, (SERVICE_NAME,), settings.host, settings.grpc_port, access) as grpc_port,
@@ -82,8 +87,14 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                     pid=os.getpid(),
                     http_address=f"{settings.advertised_host}:{http_port}",
                     metrics_address=f"{settings.advertised_host}:{http_port}",
+                    capacity={"requests": settings.max_requests},
                 )
-                async with registry.registered(lambda: replica):
+
+                def described() -> Replica:
+                    load = {"requests": generator.num_running}
+                    return dataclasses.replace(replica, load=load, sequences_at=balancer.sequences_at)
+
+                async with registry.registered(described):
                     await stop.wait()
                 generator.draining = True
                 await until_none_open(lambda: generator.num_running, settings.drain_timeout_s)

@@ -1,10 +1,12 @@
-"""Picks the attention replica for a sequence: the one that has the fewest of this gateway's, among those alive."""
+"""Picks the attention replica for a sequence: the one with the most room, among those alive. How many sequences it has
+from this gateway is known at once, how many from the others by their leases."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,10 +35,13 @@ class AttentionReplica:
 
 
 class Balancer:
-    def __init__(self, registry: Registry, config_digest: str) -> None:
+    def __init__(self, registry: Registry, config_digest: str, replica_id: str) -> None:
+        """replica_id: this gateway's."""
         self.registry = registry
         self.config_digest = config_digest
+        self.replica_id = replica_id
         self._replicas: dict[str, AttentionReplica] = {}  # by incarnation
+        self._others: Counter[str] = Counter()  # sequences of the other gateways, by incarnation
         self._changed = asyncio.Event()
 
     @property
@@ -51,6 +56,17 @@ class Balancer:
     @property
     def fingerprint(self) -> str:
         return next((entry.replica.fingerprint for entry in self._replicas.values()), "")
+
+    @property
+    def sequences_at(self) -> dict[str, int]:
+        """How many sequences each attention replica has from here, by incarnation."""
+        return {name: entry.num_sequences for name, entry in self._replicas.items() if entry.num_sequences}
+
+    async def follow_gateways(self) -> None:
+        """Keeps up with what the other gateways have, as their leases say, until cancelled."""
+        async for gateways in self.registry.watch("gateway"):
+            others = (gateway for gateway in gateways if gateway.replica_id != self.replica_id)
+            self._others = sum((Counter(gateway.sequences_at) for gateway in others), Counter())
 
     async def follow(self) -> None:
         """Keeps up with the registry until cancelled."""
@@ -89,7 +105,7 @@ class Balancer:
         """The replica for one sequence, if there is one."""
         candidates = [entry for entry in self._replicas.values() if entry not in lost]
         candidates = [entry for entry in candidates if entry.replica.is_ready] or candidates
-        return min(candidates, key=lambda entry: entry.num_sequences, default=None)
+        return min(candidates, key=self._fullness, default=None)
 
     @asynccontextmanager
     async def counted(self, entry: AttentionReplica) -> AsyncIterator[None]:
@@ -101,6 +117,11 @@ class Balancer:
             entry.num_sequences -= 1
             if entry.num_sequences == 0 and entry not in self._replicas.values():
                 await entry.channel.close()
+
+    def _fullness(self, entry: AttentionReplica) -> float:
+        """Sequences, of those that it can decode at once."""
+        num_sequences = entry.num_sequences + self._others[entry.replica.incarnation]
+        return num_sequences / entry.replica.capacity.get("sequences", 1)
 
     def _belongs(self, replica: Replica) -> bool:
         digest = replica.fingerprint.partition("-")[0]
