@@ -36,6 +36,7 @@ from afd.urgency import Urgency
 from afd.v1 import attention_pb2, sampling_pb2
 from services.gateway import metrics
 from services.gateway.balancer import AttentionReplica, Balancer
+from services.gateway.calls import OpenCalls
 from services.gateway.failover import Failover
 from services.gateway.merge import merged
 from services.gateway.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class Request:
     epochs: tuple[int, ...] = ()  # of the records of its choices, once they are written
     # An attention replica has taken the first sequence of the call. The others wait for that, and are not refused.
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: OpenCalls = field(default_factory=OpenCalls)
     is_first: bool = True  # of the requests of the call
 
     def is_for(self, prompt_ids: list[int], params: SamplingParams) -> bool:
@@ -285,7 +287,8 @@ class Generator:
         observed = metrics.RequestTimes()
         try:
             choices = [self._choice(request, choice, running, span) for choice in range(request.params.n)]
-            async with contextlib.aclosing(merged(choices, self._limits(running, request.urgency))) as arriving:
+            limits = self._limits(running, request.urgency)
+            async with contextlib.aclosing(merged(choices, limits, request.calls.hang_up)) as arriving:
                 async for tokens in arriving:
                     observed.tokens(tokens[0].choice, len(tokens))
                     yield tokens
@@ -414,20 +417,19 @@ class Generator:
             metadata=(("traceparent", traceparent),) if traceparent else None,
         )
         try:
-            if await _is_accepted(call):
-                request.begun.set()
-            while (response := await rpc.read(call)) is not None:
-                yield transcript.extend(map(_journaled, response.tokens))
-                if transcript.is_ended:
-                    return
+            with request.calls.cancelled_after(call):
+                if await _is_accepted(call):
+                    request.begun.set()
+                while (response := await rpc.read(call)) is not None:
+                    yield transcript.extend(map(_journaled, response.tokens))
+                    if transcript.is_ended:
+                        return
             raise _Lost(PeerUnavailable(f"attention replica {entry.replica.replica_id} ended the stream early"))
         except grpc.aio.AioRpcError as error:
             reason = rpc.to_peer_error(error)
             if isinstance(reason, PeerUnavailable | Overloaded):
                 raise _Lost(reason) from None
             raise reason from None
-        finally:
-            call.cancel()
 
     def _note_end(self, ownership: _Ownership, status: Status) -> None:
         """Writes the status behind the answer: nobody waits for it."""

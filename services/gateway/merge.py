@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
 async def merged(
-    streams: Sequence[AsyncGenerator[T, None]], guard: Coroutine[Any, Any, NoReturn] | None = None
+    streams: Sequence[AsyncGenerator[T, None]],
+    guard: Coroutine[Any, Any, NoReturn] | None = None,
+    hang_up: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[T, None]:
     """The items of all streams as they come, until all have ended.
 
-    What a stream raises, or the guard, which runs beside them, is raised here; then, and when this is closed, all are.
+    What a stream raises, or the guard, which runs beside them, is raised here; then, and when this is closed, all are:
+    hang_up ends them from without, and those that it does not end are cancelled.
     """
     items: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
 
@@ -51,6 +54,8 @@ async def merged(
             else:
                 yield item
     finally:
+        if hang_up is not None:
+            await hang_up()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
