@@ -22,7 +22,7 @@ from afd import control, keys
 from afd.client import Client, Stream
 from afd.config import parse_microbatches
 from afd.errors import AfdError, ConfigError
-from afd.mesh import Mesh, MeshOptions, ready_file_of, running_mesh, write_ready_file
+from afd.mesh import Mesh, MeshOptions, ready_file_of, refuse_ready_file, running_mesh, write_ready_file
 from afd.placement import Cores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -133,6 +133,8 @@ def up(
         threads=threads,
         startup_timeout_s=startup_timeout,
     )
+    if ready_file:
+        refuse_ready_file(ready_file)
     with _until_signalled(), running_mesh(options) as mesh:
         notes.print(f"ready: gRPC on {mesh.target}, OpenAI API on {mesh.http_url}/v1", soft_wrap=True)
         with ready_file_of(mesh, ready_file) if ready_file else contextlib.nullcontext():

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 10.0
 _RESUME_PAUSE_S = 0.3
+_NOT_OPEN = "the client is not open: use it inside `async with Client(...)`, or `with SyncClient(...)`"
 _FINISH_REASONS: dict[int, str | None] = {
     sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
     sampling_pb2.FINISH_REASON_STOP: "stop",
@@ -112,11 +113,13 @@ class Stream:
     When the gateway is lost the stream goes on through another one, or the same one once it is back.
     """
 
-    def __init__(self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> None:
+    def __init__(
+        self, client: Client, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency, call: Call
+    ) -> None:
         self._client = client
         self._request = request
         self._urgency = urgency
-        self._call = client._ask(request, urgency)
+        self._call = call
         self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
         self._unread: deque[Token] = deque()  # came with those that are shown
         self._lost_at: float | None = None
@@ -201,6 +204,9 @@ class Client:
         resume_timeout_s: float = 60.0,
     ) -> None:
         self.target = target
+        self._addresses = [address for part in target.split(",") if (address := part.strip())]
+        self._channels: list[grpc.aio.Channel] = []
+        self._current = 0
         self.resume_timeout_s = resume_timeout_s
         self._is_tls = tls or ca is not None
         self._ca = Path(ca) if ca is not None else None
@@ -208,11 +214,14 @@ class Client:
         self._metadata = (("authorization", f"Bearer {self._api_key}"),) if self._api_key else None
 
     async def __aenter__(self) -> Self:
-        """Raises PeerUnavailable if nothing answers there, or ConfigError for `ca` or `api_key`."""
+        """Raises PeerUnavailable if nothing answers there, or ConfigError for `target`, `ca` or `api_key`."""
+        if not self._addresses:
+            raise ConfigError("target names no gateway: give its gRPC address, host:port")
+        if re.match("https?://", self.target):
+            raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {self.target}")
         if not re.fullmatch("[!-~]*", self._api_key):
             raise ConfigError("api_key has characters that no API key has")
-        self._channels = [self._open_channel(target.strip()) for target in self.target.split(",")]
-        self._current = 0
+        self._channels = [self._open_channel(address) for address in self._addresses]
         try:
             self._current = await self._first_that_answers()
         except TimeoutError:
@@ -223,6 +232,8 @@ class Client:
 
     @property
     def _stub(self) -> gateway_pb2_grpc.GatewayServiceAsyncStub:
+        if not self._channels:
+            raise ConfigError(_NOT_OPEN)
         return gateway_pb2_grpc.GatewayServiceStub(self._channels[self._current])
 
     async def _first_that_answers(self) -> int:
@@ -249,7 +260,8 @@ class Client:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     async def _close(self) -> None:
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        closing, self._channels = self._channels, []
+        await asyncio.gather(*(channel.close() for channel in closing))
 
     async def _reason(self) -> str:
         """Why the channel does not come up, in gRPC's words."""
@@ -270,10 +282,11 @@ class Client:
 
         Raises InvalidRequest here or at the first token for what cannot be asked.
         """
-        if isinstance(prompt, str):
-            return self._start(pb.GenerateRequest(text=prompt), options)
         try:
-            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
+            if isinstance(prompt, str):
+                request = pb.GenerateRequest(text=prompt)
+            else:
+                request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"the prompt is neither a text nor token ids: {error}", "prompt") from None
         return self._start(request, options)
@@ -291,11 +304,14 @@ class Client:
         each of its choices; one that is not there yet is waited for. A stream of it that is still open ends. Raises
         NotFound at the first token if it ended too long ago."""
         _refuse_unknown(options, UrgencyOptions)
-        with _typed():
-            urgency = _urgency(options)
-            indices = [next_index] if isinstance(next_index, int) else list(next_index)
-            request = pb.ResumeRequest(request_id=request_id, next_index=indices, priority=urgency.priority)
-        return Stream(self, request, urgency)
+        urgency = _urgency(options)
+        with _typed("request_id"):
+            request = pb.ResumeRequest(request_id=request_id)
+        with _typed("next_index"):
+            request.next_index.extend([next_index] if isinstance(next_index, int) else next_index)
+        with _typed("priority"):
+            request.priority = urgency.priority
+        return self._streamed(request, urgency)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
@@ -311,20 +327,24 @@ class Client:
             model.name, model.fingerprint, model.vocab_size, model.max_context_tokens, tuple(model.eos_token_ids)
         )
 
+    def _streamed(self, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> Stream:
+        return Stream(self, request, urgency, self._ask(request, urgency))
+
     def _start(self, request: pb.GenerateRequest, options: Options) -> Stream:
         _refuse_unknown(options, Options)
         sampling = {name: options.get(name) for name in SamplingOptions.__annotations__}
         given = {name: value for name, value in sampling.items() if value is not None}
         if isinstance(options.get("stop"), str):
             given["stop"] = [options["stop"]]
-        with _typed():
-            urgency = _urgency(options)
+        urgency = _urgency(options)
+        with _typed("request_id"):
             request.request_id = options.get("request_id") or uuid.uuid4().hex
+        with _typed("priority"):
             request.priority = urgency.priority
         for name, value in given.items():
             with _typed(name):
                 request.sampling.MergeFrom(sampling_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
-        return Stream(self, request, urgency)
+        return self._streamed(request, urgency)
 
 
 class SyncClient:
@@ -340,6 +360,7 @@ class SyncClient:
         resume_timeout_s: float = 60.0,
     ) -> None:
         self._client = Client(target, tls=tls, ca=ca, api_key=api_key, resume_timeout_s=resume_timeout_s)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -388,16 +409,21 @@ class SyncClient:
             while (token := self._run(following())) is not None:
                 yield token
         finally:
-            if not self._loop.is_closed():
+            if self._loop is not None:
                 self._run(stream.aclose())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            work.close()
+            raise ConfigError(_NOT_OPEN)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _stop(self) -> None:
+        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._loop = None
 
 
 def _tls_hint(reason: str, is_tls: bool) -> str:
@@ -406,7 +432,9 @@ def _tls_hint(reason: str, is_tls: bool) -> str:
         return "; if it wants TLS, give tls=True or ca (--tls or --ca)" if "Socket closed" in reason else ""
     if "WRONG_VERSION_NUMBER" in reason:
         return "; it speaks no TLS, so give neither tls nor ca"
-    return "; another CA has signed its certificate" if "CERTIFICATE_VERIFY_FAILED" in reason else ""
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "; another CA has signed its certificate: give that one's as ca (--ca)"
+    return ""
 
 
 def _refuse_unknown(options: Mapping[str, object], known: Any) -> None:
@@ -418,6 +446,8 @@ def _refuse_unknown(options: Mapping[str, object], known: Any) -> None:
 def _urgency(options: UrgencyOptions) -> Urgency:
     """From now on. Raises InvalidRequest."""
     timeout_s = options.get("timeout_s")
+    with _typed("timeout_s"):
+        timeout_s = None if timeout_s is None else float(timeout_s)
     if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
         raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
     return Urgency.within(timeout_s, options.get("priority") or 0)
@@ -429,11 +459,11 @@ def _is_being_cancelled() -> bool:
 
 
 @contextlib.contextmanager
-def _typed(name: str | None = None) -> Iterator[None]:
+def _typed(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name or 'a parameter'} is not of its type: {error}", name) from None
+        raise InvalidRequest(f"{name} is not of its type: {error}", name) from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from afd.errors import AfdError, ConfigError
 from afd.mesh import Mesh
+from afd.processes import remove_deserted
 from afd.scale import Say, counts, scale
 
 _SIGN_OF_LIFE_S = 1.0
@@ -27,6 +28,7 @@ _PATIENCE_S = 30.0  # `afd up` starts a lost Redis before it goes on
 async def listening(mesh: Mesh, say: Say) -> AsyncIterator[None]:
     """Scales the mesh as it is asked, while the block runs; `say` hears of it, too."""
     path = _socket_path(mesh.gateway.address)
+    remove_deserted(path.parent, f"afd-up-{os.getuid()}-*.sock")
     control = _Control(mesh, say)
     mask = os.umask(0o177)  # for this user alone
     try:

@@ -66,6 +66,11 @@ class MeshOptions:
 
     def check(self) -> None:
         """Raises ConfigError for more shards than there is work for, or CheckpointError for the model."""
+        if self.tls is not None:
+            folders = [*SETTINGS_OF, PUBLIC]
+            missing = [self.tls / folder for folder in folders if not (self.tls / folder / "tls.crt").is_file()]
+            if missing:
+                raise ConfigError(f"--tls: there is no certificate in {missing[0]}; `afd certs {self.tls}` makes them")
         num_experts = Checkpoint(self.model).config.num_experts
         if self.ffn > num_experts:
             raise ConfigError(f"--ffn {self.ffn} is more than the {num_experts} experts that the model can share out")
@@ -301,15 +306,15 @@ class Mesh:
         """Returns when every service is ready. Raises ConfigError for a wrong setting, or if one ends, or takes too
         long."""
 
-        async def wait() -> None:
-            async with self.registry() as registry:
+        async def bring_up() -> None:
+            async with self.registry() as registry:  # without Redis nothing else is tried
+                for service in self.services:
+                    service.start()
                 await self.until_ready(self.services, registry)
 
         for service in self.services:
             service.check()
-        for service in self.services:
-            service.start()
-        asyncio.run(wait())
+        asyncio.run(bring_up())
 
     def watch(self) -> None:
         """Starts again what has ended by itself, on the same ports."""
@@ -412,6 +417,12 @@ def ready_file_of(mesh: Mesh, path: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def refuse_ready_file(path: Path) -> None:
+    """Raises ConfigError if it cannot be written, before anything has been started for it."""
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ConfigError(f"the ready file {path} cannot be written: {path.parent} is no folder to write to")
 
 
 def write_ready_file(mesh: Mesh, path: Path) -> None:

@@ -6,6 +6,7 @@ is closed, however that comes about (Linux). This file is also run as a script, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -13,10 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PROBE_TIMEOUT_S = 1.0
+_DESERTED_AFTER_S = 1.0  # a socket that has a name and no listener yet is younger
 
 
 def start_child(
@@ -45,6 +48,16 @@ def depend_on(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
         if select.select([lifeline], [], [], 0)[0]:
             sys.exit(1)
+
+
+def remove_deserted(folder: Path, names: str) -> None:
+    """Removes the Unix sockets that killed processes have left: those with names of this pattern that nobody listens
+    at."""
+    for path in folder.glob(names):
+        with contextlib.suppress(OSError):  # another one was faster, or it is somebody else's
+            is_old = time.time() - path.stat().st_mtime > _DESERTED_AFTER_S
+            if is_old and not has_listener(path):
+                path.unlink()
 
 
 def has_listener(path: Path) -> bool:

@@ -32,8 +32,9 @@ tracer = trace.get_tracer("afd")
 
 def set_up(role: str, settings: ServiceSettings) -> None:
     """Logging, and spans to where OTEL_EXPORTER_OTLP_* and the `trace_file` setting say."""
+    name = settings.replica_id if settings.replica_id.startswith(role) else f"{role} {settings.replica_id}"
     logging.basicConfig(
-        level=settings.log_level.upper(), format=f"%(asctime)s %(levelname)s {role}: %(message)s", force=True
+        level=settings.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", force=True
     )
     exporters = list(_exporters(settings.trace_file))
     if not exporters:

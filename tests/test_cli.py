@@ -247,6 +247,9 @@ REFUSED_AT_ONCE: Refused = [
     (["up", "--model", "M"], {"AFD_HOST": "192.0.2.1", "AFD_INSECURE": "1"}, "give another AFD_HOST"),
     (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
+    (["up", "--model", "M", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
+    (["up", "--model", "M", "--tls", "/nowhere"], {}, "no certificate in /nowhere/attention; `afd certs /nowhere`"),
+    (["generate", "x", "--target", ""], {}, "target names no gateway"),
     (
         ["up", "--model", "M"],
         {"AFD_BLOK_SIZE": "4"},
@@ -268,7 +271,6 @@ REFUSED_BY_A_PROCESS: Refused = [
     (["up", "--model", "M", "--ffn", "0"], {"AFD_KV_CACHE_GIB": "1e-9"}, "AFD_KV_CACHE_GIB"),
     (["up", "--model", "M", "--ffn", "0"], {"AFD_NUM_KV_BLOCKS": "99999999999"}, "lower AFD_NUM_KV_BLOCKS"),
     (["up", "--model", "M"], {"AFD_MAX_FRAME_TOKENS": "3"}, "raise AFD_MAX_FRAME_TOKENS"),
-    (["up", "--model", "M", "--ffn", "0", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
     (["generate", "x", "--target", "127.0.0.1:1"], {}, "no gateway answers at 127.0.0.1:1"),
 ]
 

@@ -386,10 +386,10 @@ def test_unknown_model_path_and_method_have_their_status(api: Api) -> None:
 
 def test_huge_body_is_refused(api: Api) -> None:
     status, answer = api.curl("/v1/completions", completion(prompt="x" * (9 << 20)))
-    assert status == 400
+    assert status == 413
     assert "larger" in json.loads(answer)["error"]["message"]
     chunked = api.curl("/v1/completions", completion(prompt="x" * (9 << 20)), "-H", "Transfer-Encoding: chunked")
-    assert chunked[0] == 400
+    assert chunked[0] == 413
 
 
 def test_bad_requests_do_not_disturb_their_neighbours(api: Api) -> None:

@@ -25,6 +25,7 @@ from grpc.aio import Metadata
 from starlette.types import Message
 
 from afd import Client, SyncClient, Token
+from afd.client import Stream
 from afd.errors import AfdError, Cancelled, InvalidRequest, Mismatch, NotFound, Overloaded, PeerUnavailable, StaleEpoch
 from afd.mesh import Mesh, Service
 from afd.state.connection import connect
@@ -311,6 +312,22 @@ async def test_what_cannot_be_resumed_is_a_sentence(mesh: Mesh) -> None:
         assert isinstance(await error_of("one", [0, 0]), InvalidRequest)
 
 
+async def test_index_behind_the_end_is_refused_and_the_end_is_not(mesh: Mesh) -> None:
+    async with Client(mesh.target) as client:
+        request_id = (await tokens_of_request(client)).request_id
+        assert [token async for token in client.resume(request_id, NUM_TOKENS)] == []
+        with pytest.raises(InvalidRequest, match=f"the answer has {NUM_TOKENS} tokens, none with index 999"):
+            await anext(client.resume(request_id, 999))
+
+
+async def tokens_of_request(client: Client) -> Stream:
+    """A request that has ended."""
+    stream = client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True)
+    async for _ in stream:
+        pass
+    return stream
+
+
 def test_sync_client_resumes_too(mesh: Mesh) -> None:
     with SyncClient(mesh.gateway.address) as client:
         whole = list(client.generate(PROMPT, max_tokens=9, ignore_eos=True, request_id="sync"))
@@ -382,6 +399,16 @@ def test_whole_answer_whose_request_is_resumed_elsewhere_is_a_conflict(mesh: Mes
         with pytest.raises(urllib.error.HTTPError) as raised:
             whole.result(30)
     assert raised.value.code == 409
+
+
+def test_last_event_id_behind_the_end_is_refused(mesh: Mesh, model: Model) -> None:
+    body = {"model": model.path.name, "prompt": PROMPT, "max_tokens": 9, "ignore_eos": True}
+    name = list(post(mesh, body))[-1][0].partition("/")[0]
+    assert [data for _, data in post(mesh, body, f"{name}/9")] == ["[DONE]"]
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        list(post(mesh, body, f"{name}/10"))
+    assert raised.value.code == 400
+    assert "the answer has 9 tokens, none with index 10" in raised.value.read().decode()
 
 
 @pytest.mark.parametrize("header", ["nonsense", "x/1.", "x/1.y", "never-begun/3", "x/" + "9" * 30])

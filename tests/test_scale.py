@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -187,7 +188,12 @@ def test_scale_tells_what_it_does_and_refuses_what_cannot_be(model: Model, tmp_p
 
 
 def test_up_that_is_stopped_while_it_scales_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
+    killed = control._socket_path("127.0.0.1:1")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(killed))
+    os.utime(killed, times=(0, 0))
     with running_up(model.path, tmp_path / "ready.json", "--ffn", 0) as (up, ready):
+        assert not killed.exists()
         before = len(up.children(recursive=True))
         with scaling("--target", ready["grpc"], "--attention", 6) as process:
             while len(children := up.children(recursive=True)) <= before:

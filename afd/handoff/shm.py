@@ -16,7 +16,6 @@ import socket
 import stat
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,12 +27,11 @@ from afd.handoff.bell import Bell
 from afd.handoff.control import HANDSHAKE_TIMEOUT_S, ControlStream, refusal
 from afd.handoff.frame import Frame, FrameOutput, FrameRules, Timing
 from afd.handoff.slots import AnswerSlots, FrameSlots, Region, SlotShape, aligned
-from afd.processes import has_listener
+from afd.processes import remove_deserted
 from afd.v1 import ffn_pb2 as pb
 
 DIRECTORY = Path("/dev/shm")
 _NAME = re.compile(r"afd-[0-9a-f]{32}")
-_SWEEP_AFTER_S = 1.0  # a socket that has a name and no listener yet is younger
 _NUM_FILES = 7  # memory of frames, posts and answers; two pipes
 
 
@@ -87,7 +85,7 @@ class _Descriptor:
 def handing_over(files: Sequence[int]) -> Iterator[str]:
     """Gives open files to the one process that connects to a socket in /dev/shm while the block runs; yields the
     socket's name, which cannot be guessed. Raises TransportUnavailable if it cannot be made."""
-    _sweep()
+    remove_deserted(DIRECTORY, "afd-" + 32 * "[0-9a-f]")  # of who was killed while a pair came up
     path = DIRECTORY / f"afd-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX) as listener:
         try:
@@ -169,15 +167,6 @@ def open_bell(reading: int, writing: int) -> Bell:
     if not is_pipe or modes != [os.O_RDONLY, os.O_WRONLY]:
         raise TransportUnavailable("what was handed over is no bell: both ends of a pipe")
     return Bell.given(reading, writing)
-
-
-def _sweep() -> None:
-    """Removes the names that processes left which were killed while a pair came up."""
-    for path in DIRECTORY.glob("afd-*"):
-        with contextlib.suppress(OSError):  # another one was faster, or it is somebody else's
-            is_old = time.time() - path.stat().st_mtime > _SWEEP_AFTER_S
-            if _NAME.fullmatch(path.name) and is_old and not has_listener(path):
-                path.unlink()
 
 
 class Posts:

@@ -329,6 +329,8 @@ class Generator:
                     for start in range(0, len(wanted), MOST_TOKENS_AT_ONCE):
                         yield wanted[start : start + MOST_TOKENS_AT_ONCE]
             status = "finished"
+            if wanted_from > (num_tokens := len(transcript.tokens)):
+                raise InvalidRequest(f"the answer has {num_tokens} tokens, none with index {wanted_from}", "next_index")
         except Mismatch as error:
             raise await self._why_over(ownership.key, error) from None
         except (asyncio.CancelledError, GeneratorExit):

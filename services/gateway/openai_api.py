@@ -35,7 +35,7 @@ from services.gateway.tokenizer import Tokenizer
 
 _OPEN_PATHS = ("/health", "/metrics")  # need no API key
 _MAX_CHOICES = 256  # of all prompts together
-_NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
+_NO_OBJECT = "the body must be a JSON object in UTF-8, not too deep, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
 _KEEP_ALIVE_S = 2.0
 _STILL_HERE = b": still here\n"  # an empty line behind it would be an event without data to OpenAI's own client
@@ -405,7 +405,7 @@ class _BodyLimit:
         body = await _read_body(receive, self.max_bytes, _MAX_READ_AWAY * self.max_bytes)
         if body is None:
             error = InvalidRequest(f"the body is larger than the {self.max_bytes} bytes allowed")
-            await JSONResponse(_error_body(error), 400, headers={"Connection": "close"})(scope, receive, send)
+            await JSONResponse(_error_body(error), 413, headers={"Connection": "close"})(scope, receive, send)
             return
         replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -1,0 +1,84 @@
+"""What the SDK refuses by itself, and what it takes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from afd import Client, SyncClient
+from afd.errors import ConfigError, InvalidRequest
+from afd.mesh import Mesh
+from tests.conftest import Model, StartMesh
+
+
+@pytest.fixture(scope="module")
+def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[Mesh]:
+    with start_mesh(make_model(4).path, 1, 0) as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("", "names no gateway"), (" , ", "names no gateway"), ("http://localhost:8000", "not a URL like http://local")],
+)
+async def test_target_that_is_none_is_refused_at_once(target: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        async with Client(target):
+            pass
+
+
+@pytest.mark.parametrize("form", ["{},", ",{}", " {} , ", "dns:///{}"])
+async def test_target_with_empty_places_or_a_scheme_of_grpc_is_taken(mesh: Mesh, form: str) -> None:
+    async with Client(form.format(mesh.target)) as client:
+        assert len([token async for token in client.generate([1, 2], max_tokens=3, ignore_eos=True)]) == 3
+
+
+async def test_client_that_is_not_open_says_how_to_open_it(mesh: Mesh, capfd: pytest.CaptureFixture[str]) -> None:
+    client = Client(mesh.target)
+    for _ in ("before", "after"):
+        with pytest.raises(ConfigError, match="inside `async with Client"):
+            client.generate([1, 2])
+        with pytest.raises(ConfigError, match="inside `async with Client"):
+            await client.get_model()
+        async with client:
+            await client.get_model()
+    gc.collect()
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_sync_client_that_is_not_open_says_how_to_open_it(mesh: Mesh) -> None:
+    client = SyncClient(mesh.target)
+    for _ in ("before", "after"):
+        with pytest.raises(ConfigError, match="`with SyncClient"):
+            client.get_model()
+        with client:
+            assert len(list(client.generate([1, 2], max_tokens=3, ignore_eos=True))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"priority": 2**40}, "priority"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"request_id": 5}, "request_id"),
+        ({"top_k": "many"}, "top_k"),
+    ],
+)
+async def test_parameter_of_another_type_is_named(mesh: Mesh, options: dict[str, Any], param: str) -> None:
+    async with Client(mesh.target) as client:
+        with pytest.raises(InvalidRequest, match=f"^{param} is not of its type") as raised:
+            client.generate([1, 2], **options)
+        assert raised.value.param == param
+
+
+async def test_what_is_no_text_and_no_index_is_refused(mesh: Mesh) -> None:
+    async with Client(mesh.target) as client:
+        with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+            client.generate("a\ud800")
+        with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+            client.chat([{"role": "user", "content": "a\ud800"}])
+        with pytest.raises(InvalidRequest, match=r"^next_index is not of its type"):
+            client.resume("some", -1)
