@@ -447,9 +447,8 @@ def _urgency(options: UrgencyOptions) -> Urgency:
     """From now on. Raises InvalidRequest."""
     timeout_s = options.get("timeout_s")
     with _typed("timeout_s"):
-        timeout_s = None if timeout_s is None else float(timeout_s)
-    if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
-        raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
+        if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
+            raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
     return Urgency.within(timeout_s, options.get("priority") or 0)
 
 

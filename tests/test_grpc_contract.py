@@ -274,8 +274,9 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
             ("x", {"max_tokens": "many"}, "max_tokens is not of its type"),
             ("x", {"top_k": -1}, "top_k is not of its type"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),
-            ("x", {"priority": 1 << 31}, "a parameter is not of its type"),
-            ("x", {"timeout_s": "long"}, "a parameter is not of its type"),
+            ("x", {"priority": 1 << 31}, "^priority is not of its type"),
+            ("x", {"request_id": 5}, "^request_id is not of its type"),
+            ("x", {"timeout_s": "5"}, "^timeout_s is not of its type"),
             ("x", {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
             ("x", {"timeout_s": float("nan")}, "timeout_s must be from 0 to 86400"),
             ("x", {"timeout_s": -1}, "timeout_s must be from 0 to 86400"),
@@ -284,9 +285,9 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
             with pytest.raises(InvalidRequest, match=words):
                 list(client.generate(prompt, **options))
         for next_index, options, words in (
-            (-1, {}, "a parameter is not of its type"),
-            ("y", {}, "a parameter is not of its type"),
-            (0, {"priority": 1 << 31}, "a parameter is not of its type"),
+            (-1, {}, "^next_index is not of its type"),
+            ("y", {}, "^next_index is not of its type"),
+            (0, {"priority": 1 << 31}, "^priority is not of its type"),
             (0, {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
             (0, {"top_p": 1}, "no such parameter: top_p"),
         ):
