@@ -217,8 +217,9 @@ class Client:
         """Raises PeerUnavailable if nothing answers there, or ConfigError for `target`, `ca` or `api_key`."""
         if not self._addresses:
             raise ConfigError("target names no gateway: give its gRPC address, host:port")
-        if re.match("https?://", self.target):
-            raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {self.target}")
+        for address in self._addresses:
+            if re.match("https?://", address):
+                raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {address}")
         if not re.fullmatch("[!-~]*", self._api_key):
             raise ConfigError("api_key has characters that no API key has")
         self._channels = [self._open_channel(address) for address in self._addresses]
@@ -248,7 +249,7 @@ class Client:
                 one.cancel()
 
     def _turn_to_next(self) -> None:
-        self._current = (self._current + 1) % len(self._channels)
+        self._current = (self._current + 1) % len(self._addresses)
 
     def _ask(self, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> Call:
         ask = self._stub.Resume if isinstance(request, pb.ResumeRequest) else self._stub.Generate

@@ -65,12 +65,12 @@ class MeshOptions:
     settings: dict[str, str] = field(default_factory=dict)  # further AFD_* settings, without the prefix
 
     def check(self) -> None:
-        """Raises ConfigError for more shards than there is work for, or CheckpointError for the model."""
-        if self.tls is not None:
-            folders = [*SETTINGS_OF, PUBLIC]
-            missing = [self.tls / folder for folder in folders if not (self.tls / folder / "tls.crt").is_file()]
-            if missing:
-                raise ConfigError(f"--tls: there is no certificate in {missing[0]}; `afd certs {self.tls}` makes them")
+        """Raises ConfigError for certificates that are not there, or more shards than there is work for;
+        CheckpointError for the model."""
+        for role in dict.fromkeys(seat.role for seat in self.seats):
+            for folder in self.tls_settings(role).values():
+                if not (folder / "tls.crt").is_file():
+                    raise ConfigError(f"--tls: there is no certificate in {folder}; `afd certs {self.tls}` makes them")
         num_experts = Checkpoint(self.model).config.num_experts
         if self.ffn > num_experts:
             raise ConfigError(f"--ffn {self.ffn} is more than the {num_experts} experts that the model can share out")

@@ -21,7 +21,7 @@ from services.gateway.balancer import Balancer
 from tests.conftest import StartMesh
 from tests.redis_servers import one_server
 
-LEASE_S = 0.6
+LEASE_S = 1.0
 NEVER_ENDS = 16_000
 SMALL = Replica("attention", "small", "127.0.0.1:1", "config-weights", pid=1, capacity={"sequences": 4})
 LARGE = replace(SMALL, replica_id="large", incarnation="large", capacity={"sequences": 8})
@@ -154,7 +154,7 @@ def test_two_gateways_share_out_their_sequences(model: Path, fork_server: ForkSe
                 client = await stack.enter_async_context(Client(address))
                 stream = await stack.enter_async_context(contextlib.aclosing(begin(client)))
                 await anext(stream)
-                await asyncio.sleep(LEASE_S + 1.0)  # until it is in a lease, and that was seen
+                await asyncio.sleep(LEASE_S + 1.5)  # until it is in a lease, and that was seen
             return [replica.load["sequences"] for replica in await replicas(mesh, "attention")]
 
     options = MeshOptions(

@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from grpc.aio import Metadata
 
 from afd.model.sampling_params import SamplingParams
-from afd.rpc import ACCEPTED
+from afd.rpc import ACCEPTED, read
 from afd.urgency import NOT_URGENT
 from afd.v1 import attention_pb2
 from services.gateway.calls import OpenCalls
@@ -26,6 +28,7 @@ class EndlessCall:
     def __init__(self, hears: bool = True) -> None:
         self.hears = hears
         self.end = ""
+        self.is_awaited = asyncio.Event()
         self._cancelled = asyncio.Event()
         self._answers = iter([attention_pb2.DecodeResponse(tokens=[attention_pb2.DecodedToken(id=5)])])
 
@@ -35,6 +38,7 @@ class EndlessCall:
     async def read(self) -> attention_pb2.DecodeResponse:
         if answer := next(self._answers, None):
             return answer
+        self.is_awaited.set()
         try:
             await self._cancelled.wait()
         except asyncio.CancelledError:
@@ -52,15 +56,46 @@ class EndlessCall:
 async def test_a_call_ends_before_its_read_is_cancelled_unless_it_does_not_hear(hears: bool, end: str) -> None:
     calls, call = OpenCalls(), EndlessCall(hears)
 
-    async def read() -> AsyncGenerator[object, None]:
+    async def reads() -> AsyncGenerator[object, None]:
         with calls.cancelled_after(call):  # type: ignore[arg-type]
             while True:
                 yield await call.read()
 
-    async with contextlib.aclosing(merged([read()], hang_up=calls.hang_up)) as items:
+    async with contextlib.aclosing(merged([reads()], hang_up=calls.hang_up)) as items:
         await anext(items)
-        await asyncio.sleep(0.01)
+        await call.is_awaited.wait()
     assert call.end == end
+
+
+async def test_a_read_of_grpc_ends_as_cancelled_when_its_call_is_hung_up() -> None:
+    """At whatever point, and as nothing that looks like a lost replica."""
+
+    async def answer(request: bytes, context: Any) -> AsyncGenerator[bytes, None]:
+        await context.send_initial_metadata(((ACCEPTED, "1"),))
+        yield b"once"
+        await asyncio.sleep(60)
+
+    server = grpc.aio.server()
+    handlers = {"Decode": grpc.unary_stream_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("stub", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for number in range(50):
+            calls, call = OpenCalls(), channel.unary_stream("/stub/Decode")(b"", timeout=30)
+            reading = asyncio.create_task(read_on(calls, call))
+            await asyncio.sleep(number / 10_000)
+            await calls.hang_up()
+            await asyncio.wait([reading], timeout=5)
+            assert reading.cancelled()
+    await server.stop(None)
+
+
+async def read_on(calls: OpenCalls, call: Any) -> None:
+    with calls.cancelled_after(call):
+        await call.initial_metadata()
+        while await read(call):
+            pass
 
 
 class Replica:
@@ -100,12 +135,20 @@ async def test_a_gateway_ends_all_calls_of_a_request_that_is_left(how: str) -> N
             async for tokens in arriving:
                 seen |= {token.choice for token in tokens}
                 if how == "left" and seen == {0, 1}:
-                    await asyncio.sleep(0.01)  # both are at their next read
+                    await until_both_are_awaited()
                     return
 
+    async def until_both_are_awaited() -> None:
+        async with asyncio.timeout(5):
+            while len(replica.calls) < 2:
+                await asyncio.sleep(0.01)
+            for call in replica.calls:
+                await call.is_awaited.wait()
+
     following = asyncio.create_task(follow())
-    await asyncio.sleep(0.1)
-    following.cancel()
+    await until_both_are_awaited()
+    if how == "cancelled":
+        following.cancel()
     await asyncio.wait([following], timeout=5)
     assert [call.end for call in replica.calls] == ["the call was cancelled"] * 2
     assert generator.num_running == 0

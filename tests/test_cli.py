@@ -248,7 +248,7 @@ REFUSED_AT_ONCE: Refused = [
     (["up", "--model", "M", "--redis", "http://x"], {}, "AFD_REDIS=http://x: give a URL like redis://HOST:PORT"),
     (["up", "--model", "M", "--fnn", "1"], {}, "--ffn"),
     (["up", "--model", "M", "--ready-file", "/nowhere/ready"], {}, "/nowhere/ready cannot be written"),
-    (["up", "--model", "M", "--tls", "/nowhere"], {}, "no certificate in /nowhere/attention; `afd certs /nowhere`"),
+    (["up", "--model", "M", "--tls", "/nowhere"], {}, "no certificate in /nowhere/ffn; `afd certs /nowhere`"),
     (["generate", "x", "--target", ""], {}, "target names no gateway"),
     (
         ["up", "--model", "M"],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 
+import grpc
+import grpc.aio
 import pytest
+from grpc.aio import Metadata
 
 from afd import Client, SyncClient
 from afd.errors import ConfigError, InvalidRequest
@@ -21,7 +24,11 @@ def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("", "names no gateway"), (" , ", "names no gateway"), ("http://localhost:8000", "not a URL like http://local")],
+    [
+        ("", "names no gateway"),
+        (" , ", "names no gateway"),
+        ("here:1, http://localhost:8000", "not a URL like http://local"),
+    ],
 )
 async def test_target_that_is_none_is_refused_at_once(target: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -46,6 +53,23 @@ async def test_client_that_is_not_open_says_how_to_open_it(mesh: Mesh, capfd: py
             await client.get_model()
     gc.collect()
     assert "Exception ignored" not in capfd.readouterr().err
+
+
+async def test_stream_that_is_lost_behind_the_end_of_its_client_says_so(mesh: Mesh) -> None:
+    class LostCall:
+        async def read(self) -> None:
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "the gateway is gone")
+
+        def cancel(self) -> None:
+            pass
+
+    async with Client(mesh.target) as client:
+        stream = client.generate([1, 2], max_tokens=3, ignore_eos=True)
+        await anext(stream)
+        stream._unread.clear()
+    stream._call = LostCall()  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="inside `async with Client"):
+        await anext(stream)
 
 
 def test_sync_client_that_is_not_open_says_how_to_open_it(mesh: Mesh) -> None:

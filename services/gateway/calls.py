@@ -16,8 +16,8 @@ _HANG_UP_S = 0.1
 class OpenCalls:
     """Those that are read just now.
 
-    They are to be cancelled before the tasks that read them: a read that is cancelled never gives its memory back (140
-    bytes, grpcio 1.85), and one that ends because its call was cancelled does.
+    They are to be cancelled before the tasks that read them: a read that is cancelled itself never gives its memory
+    back (grpcio 1.85), and one that ends because its call was cancelled does.
     """
 
     def __init__(self) -> None:
