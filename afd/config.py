@@ -19,6 +19,7 @@ from afd.errors import ConfigError
 
 ENV_PREFIX = "AFD_"
 CLIENT_VARIABLES = ("AFD_API_KEY", "AFD_CA")  # of `afd generate` and `afd chat`; no settings of a service
+_ANY_HOST = ("", "0.0.0.0", "::", "[::]")
 PUBLIC = "public"  # the folder of what the gateway shows its clients, beside those of the roles
 _MOST_MICROBATCHES = 64
 _MOST_AUTO_MICROBATCHES = 4  # enough while the way takes no longer than two stages (docs/adr/0007)
@@ -90,10 +91,16 @@ class ServiceSettings(BaseSettings):
         description="this replica's name in the registry, unique in the mesh",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
-    advertise_host: str | None = Field(None, description="address that others reach this replica by; default: host")
+    advertise_host: str | None = Field(
+        None,
+        description="address that others reach this replica by; default: host, or this machine's name for any",
+    )
     advertise_port: Port = Field(0, description="port that others reach the gRPC service by; 0: grpc_port")
     grpc_port: Port = Field(0, description="port of the gRPC service; 0 takes a free one")
     metrics_port: Port = Field(0, description="port of Prometheus /metrics, plain HTTP; 0 takes a free one")
+    health_port: Port | None = Field(
+        None, description="port of gRPC health checks in plain text, from the start on; default: none"
+    )
     tls: Path | None = Field(
         None, description="folder with tls.crt, tls.key, ca.crt: mutual TLS between services; default: plain text"
     )
@@ -108,7 +115,7 @@ class ServiceSettings(BaseSettings):
 
     @property
     def advertised_host(self) -> str:
-        return self.advertise_host or self.host
+        return self.advertise_host or (socket.gethostname() if self.host in _ANY_HOST else self.host)
 
     def grpc_address(self, port: int) -> str:
         """Where others reach this replica, which listens on a port."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from afd import telemetry, tls
 from afd.config import ServiceSettings, load_settings, refuse_plain_text
 from afd.errors import AfdError
+from afd.health import answering_probes
 from afd.tasks import end
 
 log = logging.getLogger(__name__)
@@ -27,15 +28,20 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = asyncio.Event()
-        self._ready = False
+        self._waits = False
+
+    @property
+    def is_serving(self) -> bool:
+        """It takes on work: it has started, and is not to stop."""
+        return self._waits and not self._received.is_set()
 
     async def wait(self) -> None:
         """Called by a service that is ready to serve; returns when it shall stop."""
-        self._ready = True
+        self._waits = True
         await self._received.wait()
 
     def handle(self, service: asyncio.Task[None]) -> None:
-        if not self._ready or self._received.is_set():
+        if not self.is_serving:
             service.cancel()
         self._received.set()
 
@@ -85,9 +91,10 @@ def run_service(role: str, kind: type[S], serve: Serve[S]) -> None:
 
 async def _run(settings: S, serve: Serve[S]) -> None:
     stop = StopSignal()
-    service = asyncio.create_task(serve(settings, stop))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.handle, service)
-    with contextlib.suppress(asyncio.CancelledError):
-        await service
+    async with answering_probes(settings.host, settings.health_port, lambda: stop.is_serving):
+        service = asyncio.create_task(serve(settings, stop))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.handle, service)
+        with contextlib.suppress(asyncio.CancelledError):
+            await service

@@ -56,7 +56,7 @@ def shut_down() -> None:
 
 def _exporters(trace_file: Path | None) -> list[SpanExporter]:
     exporters: list[SpanExporter] = []
-    if any(name in os.environ for name in _OTLP_VARIABLES):
+    if any(os.environ.get(name) for name in _OTLP_VARIABLES):
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         exporters.append(OTLPSpanExporter())

@@ -105,7 +105,16 @@ def test_only_the_state_knows_redis() -> None:
 
 
 def test_only_those_who_talk_to_others_know_grpc() -> None:
-    talkers = ("afd.handoff", "afd.aio_server", "afd.rpc", "afd.access", "afd.tls", "afd.client", "afd.v1")
+    talkers = (
+        "afd.handoff",
+        "afd.aio_server",
+        "afd.health",
+        "afd.rpc",
+        "afd.access",
+        "afd.tls",
+        "afd.client",
+        "afd.v1",
+    )
     parts = ("servicer", "balancer", "calls", "generation", "__main__")
     faces = [f"services.{service}.{part}" for service in SERVICES for part in parts]
     for name in ("grpc", "grpc_health", "grpc_reflection"):

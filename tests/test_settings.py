@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,10 @@ def test_every_replica_has_a_name_of_its_own() -> None:
 
 
 def test_others_reach_a_replica_where_it_listens_unless_told_otherwise(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("AFD_HOST", "127.0.0.2")
+    assert load_settings(GatewaySettings).advertised_host == "127.0.0.2"
     environment.setenv("AFD_HOST", "0.0.0.0")
-    assert load_settings(GatewaySettings).advertised_host == "0.0.0.0"
+    assert load_settings(GatewaySettings).advertised_host == socket.gethostname()
     environment.setenv("AFD_ADVERTISE_HOST", "gateway-1")
     assert load_settings(GatewaySettings).advertised_host == "gateway-1"
 
