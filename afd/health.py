@@ -22,18 +22,18 @@ from afd.rpc import Context
 
 ALIVE, READY = "", "ready"
 _PROBE_TIMEOUT_S = 5.0
-_Answer = pb.HealthCheckResponse
+_SERVING, _NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no stubs
     def __init__(self, is_ready: Callable[[], bool]) -> None:
         self.is_ready = is_ready
 
-    async def Check(self, request: pb.HealthCheckRequest, context: Context) -> _Answer:
+    async def Check(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
         if request.service not in (ALIVE, READY):
             await context.abort(grpc.StatusCode.NOT_FOUND, f'there is "{ALIVE}" and "{READY}", no "{request.service}"')
         is_well = request.service == ALIVE or self.is_ready()
-        return _Answer(status=_Answer.SERVING if is_well else _Answer.NOT_SERVING)
+        return pb.HealthCheckResponse(status=_SERVING if is_well else _NOT_SERVING)
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +63,7 @@ def probe(service: str, port: int) -> str | None:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_PROBE_TIMEOUT_S)
         except grpc.RpcError as error:
             return str(error.details())
-    return None if answer.status == _Answer.SERVING else "not ready"
+    return None if answer.status == _SERVING else "not ready"
 
 
 if __name__ == "__main__":
