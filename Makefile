@@ -34,11 +34,13 @@ test-slow: setup  ## the slow ones
 test-gpu: setup  ## those that need a CUDA device (make setup TORCH_INDEX=... for its torch)
 	$(BIN)/pytest -m gpu
 
-lint: setup  ## ruff, mypy --strict, buf
+lint: setup  ## ruff, mypy --strict, buf, hadolint, the compose file's schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
+	$(BIN)/hadolint services/*/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose*.yaml
 
 format: setup  ## let ruff format and mend
 	$(BIN)/ruff check --fix .
