@@ -1,4 +1,5 @@
 # AFD Mesh. `make` alone lists what there is.
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu lint format protos clean
+# make up TLS=1 GPU=1 PROFILES="observability two-gateways"
+COMPOSE := docker compose --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if $(GPU),--file compose.gpu.yaml) \
+	$(addprefix --profile ,$(PROFILES))
+export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
+
+.PHONY: help setup demo images up down e2e test test-slow test-gpu lint format protos clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +30,20 @@ $(READY): pyproject.toml
 
 demo: setup  ## start a mesh, ask step3-nano a few questions, show one decode step
 	@$(BIN)/python -m models.demo
+
+images:  ## build the images of the three services
+	$(COMPOSE) build
+
+up:  ## the mesh in containers (compose.yaml), and a question to it; TLS=1, GPU=1, PROFILES=observability
+	$(COMPOSE) up --detach --wait
+	@$(COMPOSE) exec -T gateway afd chat $(if $(TLS),--ca /etc/afd/tls/ca.crt) <<<"What is 12 + 68?"
+	@echo "gRPC on localhost:$${GRPC_PORT:-50051}, OpenAI API on http$(if $(TLS),s)://localhost:$${HTTP_PORT:-8000}/v1; make down ends it"
+
+down:  ## stop it; what is in its volumes stays
+	$(COMPOSE) --profile '*' down
+
+e2e: setup  ## the mesh in containers, asked, killed, cut off and upgraded (needs Docker)
+	$(BIN)/pytest -m e2e tests/e2e
 
 test: setup  ## the whole suite but slow and GPU tests
 	$(BIN)/pytest
