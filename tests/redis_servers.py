@@ -57,6 +57,7 @@ class Server:
     arguments: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    credentials: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -92,7 +93,7 @@ class Server:
             return client.execute_command(*command)
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        return redis.Redis(port=self.port, socket_timeout=5, retry=Retry(NoBackoff(), 0), **self.credentials)
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None

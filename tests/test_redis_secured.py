@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from afd import Client
 from afd.errors import ConfigError
@@ -19,7 +21,7 @@ from afd.state.connection import connect
 from afd.state.registry import Registry, Replica
 from afd.state.requests import JournaledToken, JournalEntry, RequestRecord, RequestStore, SequenceKey
 from tests.conftest import Model, StartMesh
-from tests.redis_servers import Server, cluster_servers, one_server
+from tests.redis_servers import Server, cluster_servers, one_server, running
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "redis.md"
 REPLICA = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(0, 1))
@@ -81,6 +83,35 @@ async def test_the_documented_user_may_do_nothing_else(tmp_path: Path, command: 
         async with connect(url_of_user(server)) as redis:
             with pytest.raises(Exception, match=r"no permissions|No permissions"):
                 await redis.execute_command(*command)
+
+
+def composed_redis() -> list[str]:
+    """The arguments that compose.yaml gives its Redis, but for the folder."""
+    command = yaml.safe_load((DOCS.parents[1] / "compose.yaml").read_text())["services"]["redis"]["command"]
+    _, _, folder, *arguments = shlex.split(command.replace("${REDIS_PASSWORD:-afd}", "PASSWORD"))
+    assert folder == "/data"
+    return arguments
+
+
+def test_the_compose_file_has_the_documented_users() -> None:
+    arguments = " ".join(composed_redis())
+    for line in re.findall(r"^user (.*)$", DOCS.read_text(), re.MULTILINE):
+        assert f"--user {line.replace('resetkeys ', '')}" in arguments
+
+
+async def test_the_composed_redis_has_after_a_kill_what_it_had(tmp_path: Path) -> None:
+    key = SequenceKey("r1")
+    user = {"username": "afd", "password": "PASSWORD"}
+    server = Server(tmp_path / "redis", tuple(composed_redis()), credentials=user)
+    with running(server):
+        async with connect(url_of_user(server)) as redis:
+            store = RequestStore(redis, 60)
+            await store.create(key, RECORD)
+            assert await store.append([JournalEntry(key, 1, 0, JournaledToken(7, -0.5))]) == [None]
+        server.kill()
+        server.start()
+        async with connect(url_of_user(server)) as redis:
+            assert await RequestStore(redis, 60).journal(key) == [JournaledToken(7, -0.5)]
 
 
 async def test_a_wrong_password_is_one_sentence(tmp_path: Path) -> None:
