@@ -9,11 +9,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
 # make up TLS=1 GPU=1 PROFILES="observability two-gateways"
-COMPOSE := docker compose --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if $(GPU),--file compose.gpu.yaml) \
+COMPOSE_OPTIONS := --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if $(GPU),--file compose.gpu.yaml) \
 	$(addprefix --profile ,$(PROFILES))
+COMPOSE := docker compose $(COMPOSE_OPTIONS)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: help setup demo images up down e2e test test-slow test-gpu lint format protos clean
+.PHONY: help setup demo images up upgrade down e2e test test-slow test-gpu lint format protos clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +39,9 @@ up:  ## the mesh in containers (compose.yaml), and a question to it; TLS=1, GPU=
 	$(COMPOSE) up --detach --wait
 	@$(COMPOSE) exec -T gateway afd chat $(if $(TLS),--ca /etc/afd/tls/ca.crt) <<<"What is 12 + 68?"
 	@echo "gRPC on localhost:$${GRPC_PORT:-50051}, OpenAI API on http$(if $(TLS),s)://localhost:$${HTTP_PORT:-8000}/v1; make down ends it"
+
+upgrade:  ## replace its containers one by one by those of newer images, while it serves
+	compose/upgrade $(COMPOSE_OPTIONS)
 
 down:  ## stop it; what is in its volumes stays
 	$(COMPOSE) --profile '*' down

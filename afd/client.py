@@ -119,11 +119,12 @@ class Stream:
         self._client = client
         self._request = request
         self._urgency = urgency
-        self._call = call
+        self._gateway, self._call = client._current, call
         self._next_index = list(request.next_index) if isinstance(request, pb.ResumeRequest) else []  # by choice
         self._unread: deque[Token] = deque()  # came with those that are shown
         self._lost_at: float | None = None
         self._is_begun = False
+        self._num_refusals = 0  # before it has begun
         self._is_closed = False
         self.request_id = request.request_id
         self.num_prompt_tokens = 0
@@ -148,7 +149,8 @@ class Stream:
                     raise StopAsyncIteration from None
                 raise
             except grpc.aio.AioRpcError as error:
-                if not await self._resume(to_error(error)):
+                go_on = self._resume if self._is_begun else self._ask_another
+                if not await go_on(to_error(error)):
                     raise to_error(error) from None  # a variable would keep it, and it the call and its connection
         return self._shown(self._unread.popleft())
 
@@ -158,23 +160,33 @@ class Stream:
         self._next_index[token.choice] = token.index + 1
         return token
 
+    async def _ask_another(self, reason: AfdError) -> bool:
+        """A gateway that drains, or is lost, has not begun with the request: each of the others is asked once."""
+        self._num_refusals += 1
+        if not isinstance(reason, PeerUnavailable) or self._num_refusals == len(self._client._addresses):
+            return False
+        self._turn_to_next(self._request)
+        return True
+
     async def _resume(self, reason: AfdError) -> bool:
-        """Asks the next gateway. False if the request had not begun, or cannot be resumed, or not for too long
-        already."""
+        """Asks the next gateway. False if it cannot be resumed, or not for too long already."""
         now = time.monotonic()
         pause_s = 0.0 if self._lost_at is None else _RESUME_PAUSE_S
         is_late = self._lost_at is not None and now + pause_s > self._lost_at + self._client.resume_timeout_s
         is_unknown = isinstance(reason, NotFound) and self._lost_at is not None and not self._next_index
         is_refused = isinstance(reason, Overloaded) and self._lost_at is not None  # nobody had room for the resumption
-        if is_late or not self._is_begun or not (is_unknown or is_refused or isinstance(reason, PeerUnavailable)):
+        if is_late or not (is_unknown or is_refused or isinstance(reason, PeerUnavailable)):
             return False
         self._lost_at = self._lost_at or now
         await asyncio.sleep(pause_s)
-        self._client._turn_to_next()
         priority = self._urgency.priority
         resume = pb.ResumeRequest(request_id=self.request_id, next_index=self._next_index, priority=priority)
-        self._call = self._client._ask(self._request if is_unknown else resume, self._urgency)
+        self._turn_to_next(self._request if is_unknown else resume)
         return True
+
+    def _turn_to_next(self, request: pb.GenerateRequest | pb.ResumeRequest) -> None:
+        self._client._turn_from(self._gateway)
+        self._gateway, self._call = self._client._current, self._client._ask(request, self._urgency)
 
     async def aclose(self) -> None:
         self._is_closed = True
@@ -248,8 +260,10 @@ class Client:
             for one in asked:
                 one.cancel()
 
-    def _turn_to_next(self) -> None:
-        self._current = (self._current + 1) % len(self._addresses)
+    def _turn_from(self, gateway: int) -> None:
+        """To the next one, unless another stream has turned from this one already."""
+        if self._current == gateway:
+            self._current = (gateway + 1) % len(self._addresses)
 
     def _ask(self, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> Call:
         ask = self._stub.Resume if isinstance(request, pb.ResumeRequest) else self._stub.Generate

@@ -101,7 +101,7 @@ class GrpcAsker:
         self.client = client
 
     def turn_to_next(self) -> None:
-        self.client._turn_to_next()
+        self.client._turn_from(self.client._current)
 
     async def follow(self, question: Question, answer: Answer) -> None:
         stream = self.client.generate(question.prompt, **question.options)

@@ -266,13 +266,38 @@ async def test_stream_that_was_lost_asks_again_where_there_was_no_room_for_its_r
         return calls[len(asked) - 1]
 
     monkeypatch.setattr(client, "_ask", ask)
-    monkeypatch.setattr(client, "_turn_to_next", lambda: None)
     assert [token.index async for token in client.generate(PROMPT)] == [0, 1, 2]
     assert [list(request.next_index) for request in asked[1:]] == [[2], [2]]
     asked.clear()
     calls[0] = Call([], grpc.StatusCode.RESOURCE_EXHAUSTED)
     with pytest.raises(Overloaded):
         await anext(client.generate(PROMPT))
+
+
+async def test_request_that_a_gateway_does_not_take_is_asked_of_each_other_one_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client, asked = Client("here,there,elsewhere"), []
+    refusals = {0: grpc.StatusCode.UNAVAILABLE, 1: grpc.StatusCode.UNAVAILABLE}
+
+    def ask(request: Any, urgency: Any) -> Call:
+        asked.append(client._current)
+        if client._current in refusals:
+            return Call([], refusals[client._current])
+        return Call([pb.GenerateResponse(started=pb.Started(), tokens=[pb.GeneratedToken(index=0)])])
+
+    monkeypatch.setattr(client, "_ask", ask)
+    two = client.generate(PROMPT), client.generate(PROMPT)
+    assert [[token.index async for token in stream] for stream in two] == [[0], [0]]
+    assert asked == [0, 0, 1, 2, 2], "the second stream goes where the first has ended up"
+    refusals[2] = grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(PeerUnavailable):
+        await anext(client.generate(PROMPT))
+    assert asked[5:] == [2, 0, 1]
+    refusals[client._current] = grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(Overloaded):
+        await anext(client.generate(PROMPT))
+    assert len(asked) == 9, "another gateway has no more room than this one"
 
 
 async def test_stream_that_was_closed_has_nothing_more(mesh: Mesh) -> None:

@@ -28,7 +28,7 @@ def images() -> dict[str, str]:
     return variables
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(images: dict[str, str]) -> Iterator[Stack]:
     with Stack(variables=images).running() as stack:
         yield stack

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "afd-e2e"
 _UP_TIMEOUT_S = 120
 _BUILD_TIMEOUT_S = 1800
+_UPGRADE_TIMEOUT_S = 400
 
 
 @dataclass
@@ -50,18 +51,22 @@ class Stack:
             **self.variables,
         }
 
-    def compose(self, *arguments: str, timeout_s: float = _UP_TIMEOUT_S) -> str:
-        command = ["docker", "compose", "--project-name", PROJECT, "--project-directory", str(ROOT)]
-        command += [word for name in self.files for word in ("--file", str(ROOT / name))]
-        command += [word for name in self.profiles for word in ("--profile", name)]
-        done = subprocess.run(
-            [*command, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-        assert done.returncode == 0, f"docker compose {' '.join(arguments)}: {done.stderr}\n{self._last_words()}"
-        return done.stdout
+    @property
+    def options(self) -> list[str]:
+        """Of docker compose."""
+        options = ["--project-name", PROJECT, "--project-directory", str(ROOT)]
+        options += [word for name in self.files for word in ("--file", str(ROOT / name))]
+        return options + [word for name in self.profiles for word in ("--profile", name)]
+
+    def compose(self, *arguments: str, timeout_s: float = _UP_TIMEOUT_S) -> None:
+        self._run("docker", "compose", *self.options, *arguments, timeout_s=timeout_s)
 
     def build(self) -> None:
         self.compose("build", timeout_s=_BUILD_TIMEOUT_S)
+
+    def upgrade(self) -> None:
+        """As `make upgrade`."""
+        self._run(str(ROOT / "compose" / "upgrade"), *self.options, timeout_s=_UPGRADE_TIMEOUT_S)
 
     def up(self, *services: str) -> None:
         """Starts what is not there, or is another one by now, and waits until all of it is ready."""
@@ -92,6 +97,12 @@ class Stack:
         status, output = container.exec_run(["python", "-c", script])
         assert status == 0, output
         return str(output.decode())
+
+    def _run(self, *command: str, timeout_s: float) -> None:
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}\n{self._last_words()}"
 
     def _last_words(self) -> str:
         return "\n".join(f"{each.name}: {each.logs(tail=8).decode()}" for each in self.containers())
