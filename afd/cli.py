@@ -1,4 +1,4 @@
-"""The command line: `afd up`, `scale`, `generate`, `chat`, `bench`, `trace`, `doctor`, `certs`, `keys`,
+"""The command line: `afd up`, `scale`, `generate`, `chat`, `top`, `bench`, `trace`, `doctor`, `certs`, `keys`,
 `make-checkpoint`."""
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ console = Console()
 notes = Console(stderr=True)
 
 _WATCH_S = 0.2
+_TOP_EVERY_S = 1.0
 _MOST = 256  # of a kind: a slip of the finger is not to fill the machine
 
 
@@ -258,6 +259,34 @@ async def _print(stream: Stream) -> str:
 
 
 @app.command()
+def top(
+    target: Target = "127.0.0.1:50051",
+    once: Annotated[bool, typer.Option("--once", help="show it once, and end")] = False,
+    tls: Tls = False,
+    ca: Ca = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Shows all replicas of a mesh and how busy they are, again every second. Where API keys are required it needs an
+    operator's."""
+    from rich.live import Live
+
+    from afd.top import picture
+
+    async def run() -> None:
+        async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
+            if once:
+                console.print(picture(await client.get_mesh()))
+                return
+            with Live(console=console, screen=True, auto_refresh=False) as live:
+                while True:
+                    live.update(picture(await client.get_mesh()), refresh=True)
+                    await asyncio.sleep(_TOP_EVERY_S)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run())
+
+
+@app.command()
 def bench(
     model: Model,
     streams: Annotated[str, typer.Option(help="numbers of concurrent streams, with commas")] = "1,8,32",
@@ -313,10 +342,11 @@ def trace(
 ) -> None:
     """Draws one decode step as a timeline: who waited for whom."""
     from afd import trace_view
+    from afd.trace_view.terminal import timeline
 
     steps = trace_view.load_steps(file)
     chosen = trace_view.pick(steps, step)
-    console.print(trace_view.timeline(chosen, console.width, _layer_range(layers)))
+    console.print(timeline(chosen, console.width, _layer_range(layers)))
     if svg:
         _write(svg, trace_view.to_svg(chosen, _layer_range(layers)))
     if chrome:

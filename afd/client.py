@@ -104,6 +104,22 @@ class Model:
     eos_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Replica:
+    """One running process of the mesh. protos/afd/v1/gateway.proto says more of each."""
+
+    role: str  # "gateway", "attention" or "ffn"
+    replica_id: str
+    address: str
+    shard: tuple[int, int] | None  # (i, M) of an FFN replica
+    is_ready: bool
+    links: Mapping[str, str]  # of an attention replica: transports, by FFN replica
+    sequences_at: Mapping[str, int]  # of a gateway: its sequences, by attention replica
+    capacity: Mapping[str, int]
+    load: Mapping[str, int]
+    rates: Mapping[str, float]  # counters, per second
+
+
 Call = grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse] | grpc.aio.UnaryStreamCall[Any, pb.ResumeResponse]
 
 
@@ -342,6 +358,12 @@ class Client:
             model.name, model.fingerprint, model.vocab_size, model.max_context_tokens, tuple(model.eos_token_ids)
         )
 
+    async def get_mesh(self) -> list[Replica]:
+        """All replicas and what they do. Raises PermissionDenied where it needs an operator's API key."""
+        with _our_errors():
+            mesh = await self._stub.GetMesh(pb.GetMeshRequest(), metadata=self._metadata)
+        return [_replica(replica) for replica in mesh.replicas]
+
     def _streamed(self, request: pb.GenerateRequest | pb.ResumeRequest, urgency: Urgency) -> Stream:
         return Stream(self, request, urgency, self._ask(request, urgency))
 
@@ -409,6 +431,9 @@ class SyncClient:
     def get_model(self) -> Model:
         return self._run(self._client.get_model())
 
+    def get_mesh(self) -> list[Replica]:
+        return self._run(self._client.get_mesh())
+
     def _start(self, begin: Any) -> Stream:
         async def on_loop() -> Stream:
             stream: Stream = begin()
@@ -439,6 +464,21 @@ class SyncClient:
         self._thread.join()
         self._loop.close()
         self._loop = None
+
+
+def _replica(replica: pb.Replica) -> Replica:
+    return Replica(
+        role=replica.role,
+        replica_id=replica.replica_id,
+        address=replica.address,
+        shard=(replica.shard, replica.num_shards) if replica.num_shards else None,
+        is_ready=replica.is_ready,
+        links=dict(replica.links),
+        sequences_at=dict(replica.sequences_at),
+        capacity=dict(replica.capacity),
+        load=dict(replica.load),
+        rates=dict(replica.rates),
+    )
 
 
 def _tls_hint(reason: str, is_tls: bool) -> str:

@@ -49,12 +49,13 @@ def create(
     concurrency: Annotated[int | None, typer.Option(min=1, help="sequences decoded at once")] = None,
     tokens_per_day: Annotated[int | None, typer.Option(min=1, help="of prompts and answers, by UTC days")] = None,
     min_priority: Annotated[int | None, typer.Option(help="lower ones, which go first, are refused")] = None,
+    operator: Annotated[bool, typer.Option("--operator", help="may also use `afd top` and the console")] = False,
 ) -> None:
     """Prints a new key: this once, it is kept nowhere."""
     if not name.strip():
         raise typer.BadParameter("a key has a name, for people")
     limits = Limits(requests_per_minute, concurrency, tokens_per_day, min_priority)
-    print(_run(redis, lambda keys: keys.create(name, limits)))
+    print(_run(redis, lambda keys: keys.create(name, limits, operator)))
 
 
 @app.command("list")
@@ -64,12 +65,14 @@ def list_keys(redis: RedisUrl) -> None:
     async def look_up(keys: ApiKeys) -> list[tuple[ApiKey, int]]:
         return [(key, await keys.tokens_today(key.key_id)) for key in await keys.all()]
 
-    headings = "name", "created", "requests/min", "concurrency", "tokens/day", "min priority", "tokens today"
+    limits_of = "requests/min", "concurrency", "tokens/day", "min priority"
+    headings = "name", "created", *limits_of, "operator", "tokens today"
     table = Table(Column("id", no_wrap=True), *headings)
     for key, tokens in _run(redis, look_up):
         created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
         limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))
-        table.add_row(key.key_id, key.name, f"{created:%Y-%m-%d}", *limits, str(tokens))
+        operator = "yes" if key.is_operator else "-"
+        table.add_row(key.key_id, key.name, f"{created:%Y-%m-%d}", *limits, operator, str(tokens))
     lines = console if console.is_terminal else Console(width=_PIPE_WIDTH)
     lines.print(table)
 

@@ -124,6 +124,9 @@ class StubAttention(attention_pb2_grpc.AttentionServiceServicer):
             due += interval_s
             yield attention_pb2.DecodeResponse(tokens=[_token(index, is_last=index == last)])
 
+    async def GetStep(self, request: attention_pb2.GetStepRequest, context: object) -> attention_pb2.GetStepResponse:
+        return attention_pb2.GetStepResponse()
+
     async def GetLoad(self, request: attention_pb2.GetLoadRequest, context: object) -> attention_pb2.GetLoadResponse:
         return attention_pb2.GetLoadResponse()
 

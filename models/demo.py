@@ -13,7 +13,8 @@ from rich.console import Console
 from afd import Client
 from afd.errors import AfdError
 from afd.mesh import MeshOptions, running_mesh
-from afd.trace_view import load_steps, pick, timeline
+from afd.trace_view import load_steps, pick
+from afd.trace_view.terminal import timeline
 from models.tasks import TASKS, Question, held_out
 
 MODEL = Path(__file__).parent / "step3-nano"

@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from afd.errors import ConfigError
-from afd.trace_view import Handoff, Interval, Step, load_steps, pick, timeline, to_chrome, to_svg, verdict
+from afd.trace_view import Handoff, Interval, Step, load_steps, pick, to_chrome, to_svg, verdict
 from afd.trace_view.flights import flights
 from afd.trace_view.steps import Part
+from afd.trace_view.terminal import timeline
 from afd.trace_view.view import View, account
 
 DATA = Path(__file__).parent / "data"

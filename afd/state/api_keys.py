@@ -125,12 +125,14 @@ class ApiKey:
     created_s: int  # since the epoch
     limits: Limits
     digest: bytes
+    is_operator: bool = False  # may see the mesh, too
 
     @classmethod
     def decode(cls, key_id: str, record: dict[bytes, bytes]) -> Self:
         values = {each.name: record.get(each.name.encode()) for each in fields(Limits)}
         limits = Limits(**{name: int(value) for name, value in values.items() if value is not None})
-        return cls(key_id, record[b"name"].decode(), int(record[b"created_s"]), limits, record[b"digest"])
+        name, created_s, is_operator = record[b"name"].decode(), int(record[b"created_s"]), b"operator" in record
+        return cls(key_id, name, created_s, limits, record[b"digest"], is_operator)
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,12 @@ class ApiKeys:
         self._settle = redis.register_script(_TODAY + _SETTLE)
         self._claim = redis.register_script(_CLAIM)
 
-    async def create(self, name: str, limits: Limits) -> str:
+    async def create(self, name: str, limits: Limits, is_operator: bool = False) -> str:
         """A new key, which is shown here and never again."""
         key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
         record: dict[str, str | bytes | int] = {"name": name, "created_s": int(time.time()), "digest": _digest(secret)}
         record |= {each.name: value for each in fields(Limits) if (value := getattr(limits, each.name)) is not None}
+        record |= {"operator": 1} if is_operator else {}
         async with translated_errors():
             await self.redis.hset(_record(key_id), mapping=record)  # type: ignore[arg-type]
             await self.redis.sadd(_NAMES, key_id)

@@ -98,6 +98,8 @@ class Replica:
     epoch: int = 0  # of the layout that it goes by
     capacity: Mapping[str, int] = field(default_factory=dict)  # what it takes on at once: "sequences", "kv_blocks", ...
     load: Mapping[str, int] = field(default_factory=dict)  # what it has of that, when it last renewed its lease
+    rates: Mapping[str, float] = field(default_factory=dict)  # its counters, per second
+    links: Mapping[str, str] = field(default_factory=dict)  # an attention replica's transports, by FFN replica
     sequences_at: Mapping[str, int] = field(default_factory=dict)  # a gateway's, by the attention replica's incarnation
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)  # another one after a restart
 

@@ -17,7 +17,7 @@ Phase = Literal["way", "queue", "compute"]
 PARTS: tuple[Part, ...] = get_args(Part)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_PART_OF_SPAN: dict[str, Part] = {**{part: part for part in PARTS}, "receive": "waiting"}
+PART_OF_SPAN: dict[str, Part] = {**{part: part for part in PARTS}, "receive": "waiting"}
 _HOW_TO_RECORD = "record one with AFD_TRACE_SAMPLE=1 AFD_TRACE_FILE=trace.jsonl set for `afd up`"
 
 
@@ -52,13 +52,14 @@ class Handoff:
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step of one attention replica. `start_ns` is since the epoch, on that replica's host.
+    """One decode step of one attention replica. `start_ns` is since the epoch, on that replica's host; `index` is its
+    number in the file that it was read from.
 
     Microbatches that are away when it begins or ends have handoffs that reach beyond it, and attention waits for them
     in the step in which they come back. What is away at its end is known if the next step was recorded, too.
     """
 
-    index: int
+    index: int | None
     replica: str
     start_ns: int
     duration_ns: int
@@ -122,7 +123,7 @@ def load_steps(path: Path) -> list[Step]:
     for span in _read_spans(path):
         if span.name == "decode_step":
             roots[span.replica].append(span)
-        elif span.name == "handoff" or span.name in _PART_OF_SPAN:
+        elif span.name == "handoff" or span.name in PART_OF_SPAN:
             children[span.parent].append(span)
     found: list[tuple[_Span, list[_Span]]] = []
     for own in roots.values():
@@ -213,7 +214,7 @@ def _step(index: int, root: _Span, children: list[_Span]) -> Step:
         start_ns=start_ns,
         duration_ns=root.end_ns - start_ns,
         attributes=root.attributes,
-        intervals=tuple(_interval(child, start_ns) for child in children if child.name in _PART_OF_SPAN),
+        intervals=tuple(_interval(child, start_ns) for child in children if child.name in PART_OF_SPAN),
         handoffs=tuple(_handoff(child, start_ns) for child in children if child.name == "handoff"),
     )
 
@@ -221,7 +222,7 @@ def _step(index: int, root: _Span, children: list[_Span]) -> Step:
 def _interval(span: _Span, origin_ns: int) -> Interval:
     layer_idx, microbatch = _frame(span)
     return Interval(
-        part=_PART_OF_SPAN[span.name],
+        part=PART_OF_SPAN[span.name],
         layer_idx=layer_idx,
         microbatch=microbatch,
         start_ns=span.start_ns - origin_ns,

@@ -112,7 +112,8 @@ def _share(sums: Account, word: str, parts: dict[str, int]) -> str:
     """With its parts that round to anything, the largest first, if there are several."""
     ordered = sorted(parts.items(), key=lambda part: -part[1])
     shares = [f"{name} {sums.share(ns)}" for name, ns in ordered if sums.share(ns) != "0 %"]
-    return f"{word} {sums.share(sum(parts.values()))}" + (f" ({', '.join(shares)})" if len(parts) > 1 else "")
+    told = f" ({', '.join(shares)})" if shares and len(parts) > 1 else ""
+    return f"{word} {sums.share(sum(parts.values()))}{told}"
 
 
 def _axes(view: View) -> Iterator[str]:

@@ -261,7 +261,8 @@ def in_words(duration_ns: float) -> str:
 def heading(view: View) -> tuple[str, str]:
     """The title, and the facts for the line beneath."""
     step = view.step
-    title = f"Decode step {step.index} of {step.replica}: {in_words(step.duration_ns)}"
+    name = "Decode step" if step.index is None else f"Decode step {step.index}"
+    title = f"{name} of {step.replica}: {in_words(step.duration_ns)}"
     if not view.whole:
         title += f", here layers {view.layers[0]} to {view.layers[-1]}: {in_words(view.duration_ns)}"
     counts = [

@@ -77,3 +77,57 @@ class GetLoadResponse(_message.Message):
     num_preemptions: int
     step_seconds: _containers.ScalarMap[str, float]
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_used: _Optional[int] = ..., num_frames_in_flight: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., step_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class GetStepRequest(_message.Message):
+    __slots__ = ("slowest",)
+    SLOWEST_FIELD_NUMBER: _ClassVar[int]
+    slowest: bool
+    def __init__(self, slowest: bool = ...) -> None: ...
+
+class GetStepResponse(_message.Message):
+    __slots__ = ("duration_ns", "num_sequences", "num_tokens", "transports", "intervals", "handoffs")
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    INTERVALS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    duration_ns: int
+    num_sequences: int
+    num_tokens: int
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    intervals: _containers.RepeatedCompositeFieldContainer[StepInterval]
+    handoffs: _containers.RepeatedCompositeFieldContainer[StepHandoff]
+    def __init__(self, duration_ns: _Optional[int] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., intervals: _Optional[_Iterable[_Union[StepInterval, _Mapping]]] = ..., handoffs: _Optional[_Iterable[_Union[StepHandoff, _Mapping]]] = ...) -> None: ...
+
+class StepInterval(_message.Message):
+    __slots__ = ("part", "layer_idx", "microbatch", "start_ns", "end_ns")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    START_NS_FIELD_NUMBER: _ClassVar[int]
+    END_NS_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    layer_idx: int
+    microbatch: int
+    start_ns: int
+    end_ns: int
+    def __init__(self, part: _Optional[str] = ..., layer_idx: _Optional[int] = ..., microbatch: _Optional[int] = ..., start_ns: _Optional[int] = ..., end_ns: _Optional[int] = ...) -> None: ...
+
+class StepHandoff(_message.Message):
+    __slots__ = ("shard", "layer_idx", "microbatch", "sent_ns", "arrived_ns", "queue_ns", "compute_ns")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_NS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    layer_idx: int
+    microbatch: int
+    sent_ns: int
+    arrived_ns: int
+    queue_ns: int
+    compute_ns: int
+    def __init__(self, shard: _Optional[int] = ..., layer_idx: _Optional[int] = ..., microbatch: _Optional[int] = ..., sent_ns: _Optional[int] = ..., arrived_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...

@@ -45,6 +45,11 @@ class AttentionServiceStub(object):
                 request_serializer=afd_dot_v1_dot_attention__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=afd_dot_v1_dot_attention__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.GetStep = channel.unary_unary(
+                '/afd.v1.AttentionService/GetStep',
+                request_serializer=afd_dot_v1_dot_attention__pb2.GetStepRequest.SerializeToString,
+                response_deserializer=afd_dot_v1_dot_attention__pb2.GetStepResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionServiceServicer(object):
@@ -66,6 +71,13 @@ class AttentionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStep(self, request, context):
+        """Where the time of a recent decode step went. NOT_FOUND before the first one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=afd_dot_v1_dot_attention__pb2.GetLoadRequest.FromString,
                     response_serializer=afd_dot_v1_dot_attention__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetStep': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStep,
+                    request_deserializer=afd_dot_v1_dot_attention__pb2.GetStepRequest.FromString,
+                    response_serializer=afd_dot_v1_dot_attention__pb2.GetStepResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +152,33 @@ class AttentionService(object):
             '/afd.v1.AttentionService/GetLoad',
             afd_dot_v1_dot_attention__pb2.GetLoadRequest.SerializeToString,
             afd_dot_v1_dot_attention__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afd.v1.AttentionService/GetStep',
+            afd_dot_v1_dot_attention__pb2.GetStepRequest.SerializeToString,
+            afd_dot_v1_dot_attention__pb2.GetStepResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class AttentionServiceStub:
     """
     GetLoad: _grpc.UnaryUnaryMultiCallable[_attention_pb2.GetLoadRequest, _attention_pb2.GetLoadResponse]
     """What this replica is doing now."""
+    GetStep: _grpc.UnaryUnaryMultiCallable[_attention_pb2.GetStepRequest, _attention_pb2.GetStepResponse]
+    """Where the time of a recent decode step went. NOT_FOUND before the first one."""
 
 @_typing.type_check_only
 class AttentionServiceAsyncStub(AttentionServiceStub):
@@ -51,6 +53,8 @@ class AttentionServiceAsyncStub(AttentionServiceStub):
     """
     GetLoad: _aio.UnaryUnaryMultiCallable[_attention_pb2.GetLoadRequest, _attention_pb2.GetLoadResponse]  # type: ignore[assignment]
     """What this replica is doing now."""
+    GetStep: _aio.UnaryUnaryMultiCallable[_attention_pb2.GetStepRequest, _attention_pb2.GetStepResponse]  # type: ignore[assignment]
+    """Where the time of a recent decode step went. NOT_FOUND before the first one."""
 
 class AttentionServiceServicer(metaclass=_abc_1.ABCMeta):
     """An attention replica: KV cache, scheduler, router and sampler. It drives the layers and calls the FFN shards."""
@@ -72,5 +76,13 @@ class AttentionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_attention_pb2.GetLoadResponse, _abc.Awaitable[_attention_pb2.GetLoadResponse]]:
         """What this replica is doing now."""
+
+    @_abc_1.abstractmethod
+    def GetStep(
+        self,
+        request: _attention_pb2.GetStepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_attention_pb2.GetStepResponse, _abc.Awaitable[_attention_pb2.GetStepResponse]]:
+        """Where the time of a recent decode step went. NOT_FOUND before the first one."""
 
 def add_AttentionServiceServicer_to_server(servicer: AttentionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

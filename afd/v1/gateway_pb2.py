@@ -25,13 +25,23 @@ _sym_db = _symbol_database.Default()
 from afd.v1 import sampling_pb2 as afd_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61\x66\x64/v1/gateway.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.afd.v1.ChatMessage\"\xc0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.afd.v1.TokenIdsH\x00\x12\x1c\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0c.afd.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x11\x42\x08\n\x06prompt\"\\\n\x10GenerateResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"8\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\xb3\x01\n\x0eGeneratedToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\n\n\x02id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x14.afd.v1.FinishReason\"I\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x10\n\x08priority\x18\x03 \x01(\x11\"Z\n\x0eResumeResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"|\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r2\x84\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x17.afd.v1.GenerateRequest\x1a\x18.afd.v1.GenerateResponse0\x01\x12\x39\n\x06Resume\x12\x15.afd.v1.ResumeRequest\x1a\x16.afd.v1.ResumeResponse0\x01\x12\x37\n\x06\x43\x61ncel\x12\x15.afd.v1.CancelRequest\x1a\x16.afd.v1.CancelResponse\x12=\n\x08GetModel\x12\x17.afd.v1.GetModelRequest\x1a\x18.afd.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61\x66\x64/v1/gateway.proto\x12\x06\x61\x66\x64.v1\x1a\x15\x61\x66\x64/v1/sampling.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.afd.v1.ChatMessage\"\xc0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.afd.v1.TokenIdsH\x00\x12\x1c\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0c.afd.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.afd.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x11\x42\x08\n\x06prompt\"\\\n\x10GenerateResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"8\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\xb3\x01\n\x0eGeneratedToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\n\n\x02id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12*\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x14.afd.v1.TokenLogprob\x12+\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x14.afd.v1.FinishReason\"I\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x10\n\x08priority\x18\x03 \x01(\x11\"Z\n\x0eResumeResponse\x12 \n\x07started\x18\x01 \x01(\x0b\x32\x0f.afd.v1.Started\x12&\n\x06tokens\x18\x02 \x03(\x0b\x32\x16.afd.v1.GeneratedToken\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"|\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\"\x10\n\x0eGetMeshRequest\"4\n\x0fGetMeshResponse\x12!\n\x08replicas\x18\x01 \x03(\x0b\x32\x0f.afd.v1.Replica\"\xc7\x04\n\x07Replica\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x12\n\nnum_shards\x18\x05 \x01(\r\x12\x10\n\x08is_ready\x18\x06 \x01(\x08\x12)\n\x05links\x18\x07 \x03(\x0b\x32\x1a.afd.v1.Replica.LinksEntry\x12\x36\n\x0csequences_at\x18\x08 \x03(\x0b\x32 .afd.v1.Replica.SequencesAtEntry\x12/\n\x08\x63\x61pacity\x18\t \x03(\x0b\x32\x1d.afd.v1.Replica.CapacityEntry\x12\'\n\x04load\x18\n \x03(\x0b\x32\x19.afd.v1.Replica.LoadEntry\x12)\n\x05rates\x18\x0b \x03(\x0b\x32\x1a.afd.v1.Replica.RatesEntry\x1a,\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10SequencesAtEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a/\n\rCapacityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a+\n\tLoadEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a,\n\nRatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xc0\x02\n\x0eGatewayService\x12?\n\x08Generate\x12\x17.afd.v1.GenerateRequest\x1a\x18.afd.v1.GenerateResponse0\x01\x12\x39\n\x06Resume\x12\x15.afd.v1.ResumeRequest\x1a\x16.afd.v1.ResumeResponse0\x01\x12\x37\n\x06\x43\x61ncel\x12\x15.afd.v1.CancelRequest\x1a\x16.afd.v1.CancelResponse\x12=\n\x08GetModel\x12\x17.afd.v1.GetModelRequest\x1a\x18.afd.v1.GetModelResponse\x12:\n\x07GetMesh\x12\x16.afd.v1.GetMeshRequest\x1a\x17.afd.v1.GetMeshResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afd.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_REPLICA_LINKSENTRY']._loaded_options = None
+  _globals['_REPLICA_LINKSENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICA_SEQUENCESATENTRY']._loaded_options = None
+  _globals['_REPLICA_SEQUENCESATENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICA_CAPACITYENTRY']._loaded_options = None
+  _globals['_REPLICA_CAPACITYENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICA_LOADENTRY']._loaded_options = None
+  _globals['_REPLICA_LOADENTRY']._serialized_options = b'8\001'
+  _globals['_REPLICA_RATESENTRY']._loaded_options = None
+  _globals['_REPLICA_RATESENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=55
   _globals['_TOKENIDS']._serialized_end=78
   _globals['_CHATMESSAGE']._serialized_start=80
@@ -58,6 +68,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_end=956
   _globals['_GETMODELRESPONSE']._serialized_start=958
   _globals['_GETMODELRESPONSE']._serialized_end=1082
-  _globals['_GATEWAYSERVICE']._serialized_start=1085
-  _globals['_GATEWAYSERVICE']._serialized_end=1345
+  _globals['_GETMESHREQUEST']._serialized_start=1084
+  _globals['_GETMESHREQUEST']._serialized_end=1100
+  _globals['_GETMESHRESPONSE']._serialized_start=1102
+  _globals['_GETMESHRESPONSE']._serialized_end=1154
+  _globals['_REPLICA']._serialized_start=1157
+  _globals['_REPLICA']._serialized_end=1740
+  _globals['_REPLICA_LINKSENTRY']._serialized_start=1504
+  _globals['_REPLICA_LINKSENTRY']._serialized_end=1548
+  _globals['_REPLICA_SEQUENCESATENTRY']._serialized_start=1550
+  _globals['_REPLICA_SEQUENCESATENTRY']._serialized_end=1600
+  _globals['_REPLICA_CAPACITYENTRY']._serialized_start=1602
+  _globals['_REPLICA_CAPACITYENTRY']._serialized_end=1649
+  _globals['_REPLICA_LOADENTRY']._serialized_start=1651
+  _globals['_REPLICA_LOADENTRY']._serialized_end=1694
+  _globals['_REPLICA_RATESENTRY']._serialized_start=1696
+  _globals['_REPLICA_RATESENTRY']._serialized_end=1740
+  _globals['_GATEWAYSERVICE']._serialized_start=1743
+  _globals['_GATEWAYSERVICE']._serialized_end=2063
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,11 @@ class GatewayServiceStub(object):
                 request_serializer=afd_dot_v1_dot_gateway__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=afd_dot_v1_dot_gateway__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.GetMesh = channel.unary_unary(
+                '/afd.v1.GatewayService/GetMesh',
+                request_serializer=afd_dot_v1_dot_gateway__pb2.GetMeshRequest.SerializeToString,
+                response_deserializer=afd_dot_v1_dot_gateway__pb2.GetMeshResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServiceServicer(object):
@@ -92,6 +97,13 @@ class GatewayServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMesh(self, request, context):
+        """All replicas of the mesh and what they do, as their leases say. Where API keys are required it is for operators'.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +126,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=afd_dot_v1_dot_gateway__pb2.GetModelRequest.FromString,
                     response_serializer=afd_dot_v1_dot_gateway__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetMesh': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMesh,
+                    request_deserializer=afd_dot_v1_dot_gateway__pb2.GetMeshRequest.FromString,
+                    response_serializer=afd_dot_v1_dot_gateway__pb2.GetMeshResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +243,33 @@ class GatewayService(object):
             '/afd.v1.GatewayService/GetModel',
             afd_dot_v1_dot_gateway__pb2.GetModelRequest.SerializeToString,
             afd_dot_v1_dot_gateway__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMesh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/afd.v1.GatewayService/GetMesh',
+            afd_dot_v1_dot_gateway__pb2.GetMeshRequest.SerializeToString,
+            afd_dot_v1_dot_gateway__pb2.GetMeshResponse.FromString,
             options,
             channel_credentials,
             insecure,

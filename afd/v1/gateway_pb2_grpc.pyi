@@ -45,6 +45,8 @@ class GatewayServiceStub:
     """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]
     """Describes the model that is served."""
+    GetMesh: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetMeshRequest, _gateway_pb2.GetMeshResponse]
+    """All replicas of the mesh and what they do, as their leases say. Where API keys are required it is for operators'."""
 
 @_typing.type_check_only
 class GatewayServiceAsyncStub(GatewayServiceStub):
@@ -63,6 +65,8 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """Cancels a running request by its id; its stream ends with CANCELLED, at another gateway with its next token."""
     GetModel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetModelRequest, _gateway_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model that is served."""
+    GetMesh: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetMeshRequest, _gateway_pb2.GetMeshResponse]  # type: ignore[assignment]
+    """All replicas of the mesh and what they do, as their leases say. Where API keys are required it is for operators'."""
 
 class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a client talks to. Errors are gRPC statuses: INVALID_ARGUMENT (the request, retrying cannot help),
@@ -102,5 +106,13 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.GetModelResponse, _abc.Awaitable[_gateway_pb2.GetModelResponse]]:
         """Describes the model that is served."""
+
+    @_abc_1.abstractmethod
+    def GetMesh(
+        self,
+        request: _gateway_pb2.GetMeshRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.GetMeshResponse, _abc.Awaitable[_gateway_pb2.GetMeshResponse]]:
+        """All replicas of the mesh and what they do, as their leases say. Where API keys are required it is for operators'."""
 
 def add_GatewayServiceServicer_to_server(servicer: GatewayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,6 +23,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.kv_cache import KVCache
 from afd.model.stack import AttentionStack
 from afd.model.weights import load_attention, load_ffn_shard
+from afd.rates import Rates
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.connection import connect
@@ -37,7 +38,7 @@ from services.attention.decoder import Decoder
 from services.attention.engine import Delivery, Engine
 from services.attention.ffn_connector import FfnConnector
 from services.attention.journal import Journal
-from services.attention.metrics import AttentionCollector
+from services.attention.metrics import AttentionCollector, links, totals
 from services.attention.microbatch import MicrobatchBuilder
 from services.attention.pipeline import Pipeline
 from services.attention.scheduler import Scheduler
@@ -180,14 +181,22 @@ async def _serve_engine(
             capacity={"sequences": settings.max_sequences, "kv_blocks": engine.scheduler.blocks.num_blocks},
         )
 
+        rates = Rates(lambda: totals(engine))
+
         def described() -> Replica:
-            ffn, blocks = engine.decoder.ffn, engine.scheduler.blocks
+            ffn, scheduler = engine.decoder.ffn, engine.scheduler
             return dataclasses.replace(
                 replica,
                 is_ready=ffn.is_whole,
                 transports=tuple(sorted(set(ffn.transport_names))),
                 epoch=ffn.epoch,
-                load={"sequences": servicer.num_open, "kv_blocks": blocks.num_used},
+                load={
+                    "sequences": servicer.num_open,
+                    "waiting": len(scheduler.waiting),
+                    "kv_blocks": scheduler.blocks.num_used,
+                },
+                rates=rates.per_second(),
+                links=links(ffn),
             )
 
         async with registry.registered(described):

@@ -27,6 +27,7 @@ from services.attention.chunk import Chunk
 from services.attention.decoder import Decoder
 from services.attention.microbatch import Microbatch, MicrobatchBuilder
 from services.attention.pipeline import Pipeline
+from services.attention.recent_steps import RecentSteps
 from services.attention.scheduler import Scheduler
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.step_tracer import StepTracer
@@ -88,6 +89,7 @@ class Engine:
         self.recovery_s = recovery_s
         self.timeline = Timeline()
         self.counters = StepCounters()
+        self.recent = RecentSteps()
         self._num_microbatches = 0
         self._under_way: dict[int, _UnderWay] = {}  # by slot
         self._leader = 0  # its slot
@@ -263,6 +265,7 @@ class Engine:
         step = self.timeline.end(self.decoder.ffn.take_crossings())
         self.counters.add_step(step)
         self.tracer.end(step, self._landed)
+        self.recent.note(step, self._landed)
         if all(chunk.num_tokens == 1 for chunk in self._landed):
             self.pipeline.observe(step.duration_ns / len(self._landed))
         self._begin_step()

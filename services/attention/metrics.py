@@ -7,10 +7,35 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from afd.handoff.frame import FFN
 from afd.handoff.remote import RemoteFFN
 from services.attention.engine import Engine
 from services.attention.journal import Journal
 from services.attention.timeline import PARTS
+
+
+def totals(engine: Engine) -> dict[str, float]:
+    """The counters whose rates are in the lease."""
+    counters = engine.counters
+    of_shards = {
+        "handoffs": sum(shard.num_crossings for shard in counters.shards.values()),
+        "handoff_seconds": sum(shard.crossing_ns for shard in counters.shards.values()) / 1e9,
+        "handoff_ffn_queue_seconds": sum(shard.queue_ns for shard in counters.shards.values()) / 1e9,
+        "handoff_ffn_compute_seconds": sum(shard.compute_ns for shard in counters.shards.values()) / 1e9,
+    }
+    return {
+        "generated_tokens": counters.num_generated,
+        "step_tokens": counters.num_tokens,
+        "steps": counters.num_steps,
+        "step_seconds": counters.step_ns / 1e9,
+        "attention_bubble_seconds": counters.part_ns["receive"] / 1e9 if counters.shards else 0.0,
+        **of_shards,
+    }
+
+
+def links(ffn: FFN) -> dict[str, str]:
+    """The transport to each FFN replica."""
+    return {pair.replica_id: pair.rung.transport for pair in ffn.table.pairs} if isinstance(ffn, RemoteFFN) else {}
 
 
 class AttentionCollector(Collector):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from opentelemetry import trace
 
 from afd import rpc, telemetry
-from afd.errors import AfdError, InvalidRequest, Overloaded, PeerUnavailable
+from afd.errors import AfdError, InvalidRequest, NotFound, Overloaded, PeerUnavailable
 from afd.model.config import ModelConfig
 from afd.model.sampling_params import check_token_ids
 from afd.protocol import MOST_TOKENS_AT_ONCE, finish_reason_to_proto, sampling_from_proto
@@ -17,6 +17,7 @@ from afd.urgency import Urgency
 from afd.v1 import attention_pb2 as pb
 from afd.v1 import attention_pb2_grpc, sampling_pb2
 from services.attention.engine import Engine
+from services.attention.recent_steps import RecentStep
 from services.attention.sequence import Sequence, TokenEvent
 from services.attention.timeline import PARTS
 
@@ -71,6 +72,13 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             },
         )  # fmt: skip
 
+    async def GetStep(self, request: pb.GetStepRequest, context: rpc.Context) -> pb.GetStepResponse:
+        async with rpc.aborting(context):
+            step = self.engine.recent.find(request.slowest)
+            if step is None:
+                raise NotFound("this attention replica has not decoded anything yet")
+            return _recent_step(step, self.engine.decoder.ffn.transport_names)
+
     def _sequence(self, request: pb.DecodeRequest, urgency: Urgency, span_context: trace.SpanContext) -> Sequence:
         if self.draining:
             raise PeerUnavailable("this attention replica is draining")
@@ -123,4 +131,36 @@ def _token(event: TokenEvent) -> pb.DecodedToken:
         logprob=event.token.logprob,
         top_logprobs=[sampling_pb2.TokenLogprob(id=i, logprob=v) for i, v in event.token.top_logprobs],
         finish_reason=finish_reason_to_proto(event.finish_reason),
+    )
+
+
+def _recent_step(step: RecentStep, transport_names: Iterable[str]) -> pb.GetStepResponse:
+    origin_ns = step.timeline.start_ns
+    return pb.GetStepResponse(
+        duration_ns=step.timeline.duration_ns,
+        num_sequences=step.num_sequences,
+        num_tokens=step.num_tokens,
+        transports=transport_names,
+        intervals=[
+            pb.StepInterval(
+                part=each.part,
+                layer_idx=each.layer_idx,
+                microbatch=each.slot,
+                start_ns=each.start_ns - origin_ns,
+                end_ns=each.end_ns - origin_ns,
+            )
+            for each in step.intervals
+        ],
+        handoffs=[
+            pb.StepHandoff(
+                shard=each.shard,
+                layer_idx=each.layer_idx,
+                microbatch=each.slot,
+                sent_ns=each.sent_ns - origin_ns,
+                arrived_ns=each.arrived_ns - origin_ns,
+                queue_ns=each.timing.queue_ns,
+                compute_ns=each.timing.compute_ns,
+            )
+            for each in step.crossings
+        ],
     )

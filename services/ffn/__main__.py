@@ -17,6 +17,7 @@ from afd.handoff.handshake import topology
 from afd.handoff.negotiate import possible_transports
 from afd.model.checkpoint import Checkpoint
 from afd.model.weights import load_ffn_shard
+from afd.rates import Rates
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.connection import connect
@@ -25,7 +26,7 @@ from afd.telemetry import serve_metrics
 from afd.v1 import ffn_pb2 as pb
 from afd.v1 import ffn_pb2_grpc
 from services.ffn.batcher import Batcher
-from services.ffn.metrics import FfnCollector
+from services.ffn.metrics import FfnCollector, totals
 from services.ffn.servicer import FfnServicer
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FfnService"].full_name
@@ -82,9 +83,11 @@ async def _serve_batcher(
             capacity={"frame_tokens": settings.max_frame_tokens},
         )
 
+        rates = Rates(lambda: totals(batcher))
+
         def described() -> Replica:
             load = {"pairs": servicer.num_streams, "frames": batcher.num_queued}
-            return dataclasses.replace(replica, epoch=batcher.oldest_epoch, load=load)
+            return dataclasses.replace(replica, epoch=batcher.oldest_epoch, load=load, rates=rates.per_second())
 
         registry = Registry(redis, settings.lease_s, settings.mesh)
         async with background(_refuse_stale_frames(registry, batcher)), registry.registered(described):

@@ -10,6 +10,18 @@ from prometheus_client.registry import Collector
 from services.ffn.batcher import Batcher
 
 
+def totals(batcher: Batcher) -> dict[str, float]:
+    """The counters whose rates are in the lease."""
+    counters = batcher.counters
+    return {
+        "ffn_frames": counters.num_frames,
+        "ffn_batches": counters.num_batches,
+        "ffn_tokens": counters.num_tokens,
+        "ffn_queue_seconds": counters.queue_ns / 1e9,
+        "ffn_compute_seconds": counters.compute_ns / 1e9,
+    }
+
+
 class FfnCollector(Collector):
     """Reads the batcher's counters when Prometheus asks: the layers pay nothing for it."""
 

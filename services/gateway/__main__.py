@@ -11,6 +11,7 @@ import grpc.aio
 from afd.access import Access
 from afd.config import GatewaySettings
 from afd.model.config import ModelConfig
+from afd.rates import Rates
 from afd.rpc import serving
 from afd.service import StopSignal, background, run_service, until_none_open
 from afd.state.api_keys import ApiKeys
@@ -20,6 +21,7 @@ from afd.state.requests import RequestStore
 from afd.tls import Certificate
 from afd.v1 import gateway_pb2 as pb
 from afd.v1 import gateway_pb2_grpc
+from services.gateway import metrics
 from services.gateway.auth import Gatekeeper
 from services.gateway.balancer import Balancer
 from services.gateway.generation import Generator
@@ -27,6 +29,7 @@ from services.gateway.http_server import HttpLimits, serving_http
 from services.gateway.openai_api import make_app
 from services.gateway.servicer import GatewayServicer
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +60,9 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
             settings.require_api_key,
             settings.request_timeout_s + settings.journal_ttl_s,
         )
-        servicer = GatewayServicer(generator, gatekeeper, model_name, settings.max_body_bytes)
-        app = make_app(generator, gatekeeper, model_name, settings.max_body_bytes)
+        topology = Topology(registry, balancer)
+        servicer = GatewayServicer(generator, gatekeeper, topology, model_name, settings.max_body_bytes)
+        app = make_app(generator, gatekeeper, topology, model_name, settings.max_body_bytes)
 
         certificate = Certificate(settings.public_tls, mutual=False) if settings.public_tls else None
         limits = HttpLimits(settings.max_header_bytes, settings.read_timeout_s)
@@ -90,9 +94,13 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                     capacity={"requests": settings.max_requests},
                 )
 
+                rates = Rates(metrics.totals)
+
                 def described() -> Replica:
                     load = {"requests": generator.num_running}
-                    return dataclasses.replace(replica, load=load, sequences_at=balancer.sequences_at)
+                    return dataclasses.replace(
+                        replica, load=load, rates=rates.per_second(), sequences_at=balancer.sequences_at
+                    )
 
                 async with registry.registered(described):
                     await stop.wait()

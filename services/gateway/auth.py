@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from afd.errors import AfdError, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
+from afd.errors import AfdError, InvalidRequest, NotFound, PeerUnavailable, PermissionDenied, Unauthenticated
 from afd.state.api_keys import ApiKey, ApiKeys, Demand, is_valid, slot_name, split
 from services.gateway import metrics
 from services.gateway.generation import Request
@@ -100,6 +100,11 @@ class Gatekeeper:
         if owner is None and (caller.key_id or self.required):
             owner = await self.keys.owner_of(request_id)
         return owner == caller.key_id
+
+    async def check_operator(self, caller: Caller) -> None:
+        """Where keys are required the mesh is shown to operators. Raises PermissionDenied."""
+        if self.required and not ((key := await self._find(caller.key_id or "")) and key.is_operator):
+            raise PermissionDenied("this API key is not an operator's: make one with `afd keys create NAME --operator`")
 
     async def check_owner(self, caller: Caller, request_id: str) -> None:
         """Raises NotFound for somebody else's request, as for one that is not there."""

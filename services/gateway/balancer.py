@@ -44,6 +44,9 @@ class Balancer:
         self._others: Counter[str] = Counter()  # sequences of the other gateways, by incarnation
         self._changed = asyncio.Event()
 
+    def find(self, replica_id: str) -> AttentionReplica | None:
+        return next((entry for entry in self._replicas.values() if entry.replica.replica_id == replica_id), None)
+
     @property
     def num_ready(self) -> int:
         return sum(entry.replica.is_ready for entry in self._replicas.values())

@@ -17,6 +17,16 @@ REFUSED = Counter("afd_refused_requests", "requests that an API key, or none, wa
 TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
 
 
+def totals() -> dict[str, float]:
+    """The counters whose rates are in the lease."""
+    return {"output_tokens": _total(TOKENS), "requests": _total(REQUESTS)}
+
+
+def _total(counter: Counter) -> float:
+    samples = (sample for metric in counter.collect() for sample in metric.samples)
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+
+
 class RequestTimes:
     """The times of one request, from its admission."""
 
@@ -27,6 +37,7 @@ class RequestTimes:
         self._last: dict[int, tuple[float, int]] = {}  # of each choice: when, and how many tokens so far
 
     def tokens(self, choice: int, num_tokens: int) -> None:
+        TOKENS.inc(num_tokens)
         now = time.perf_counter()
         if not self._first:
             TTFT.observe(now - self._start)
@@ -40,4 +51,3 @@ class RequestTimes:
                 TPOT.observe((last - self._first[choice]) / (num_tokens - 1))
         DURATION.observe(time.perf_counter() - self._start)
         REQUESTS.labels(status).inc()
-        TOKENS.inc(self.num_tokens)

@@ -25,6 +25,7 @@ from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, PeerUnavai
 from afd.model.sampling_params import SamplingParams
 from afd.urgency import Urgency
 from services.gateway.auth import Caller, Gatekeeper
+from services.gateway.console import PAGE_PATHS, console
 from services.gateway.generation import Generator
 from services.gateway.generation import Request as Admitted
 from services.gateway.merge import merged
@@ -32,8 +33,9 @@ from services.gateway.openai_format import ChatFormat, CompletionFormat, Format,
 from services.gateway.openai_types import ChatBody, CompletionBody
 from services.gateway.place import Place, request_ids
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.topology import Topology
 
-_OPEN_PATHS = ("/health", "/metrics")  # need no API key
+_OPEN_PATHS = ("/health", "/metrics", *PAGE_PATHS)  # need no API key
 _MAX_CHOICES = 256  # of all prompts together
 _NO_OBJECT = "the body must be a JSON object in UTF-8, not too deep, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
@@ -48,13 +50,16 @@ _ERROR_TYPES = {
 }
 
 
-def make_app(generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_body_bytes: int) -> FastAPI:
+def make_app(
+    generator: Generator, gatekeeper: Gatekeeper, topology: Topology, model_name: str, max_body_bytes: int
+) -> FastAPI:
     """The application; `model_name` is the one model it serves."""
     app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None)
     created = int(time.time())
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(_KeyCheck, gatekeeper=gatekeeper, max_bytes=max_body_bytes)  # before the body is kept
     app.add_middleware(_Farewell)
+    app.include_router(console(topology, gatekeeper, model_name))
     app.add_exception_handler(AfdError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -14,13 +14,22 @@ from afd.v1 import gateway_pb2_grpc, sampling_pb2
 from services.gateway.auth import Account, Caller, Gatekeeper
 from services.gateway.generation import Generator, Request
 from services.gateway.tokenizer import MAX_MESSAGES
+from services.gateway.topology import Topology
 from services.gateway.transcript import Token
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, generator: Generator, gatekeeper: Gatekeeper, model_name: str, max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        gatekeeper: Gatekeeper,
+        topology: Topology,
+        model_name: str,
+        max_request_bytes: int,
+    ) -> None:
         self.generator = generator
         self.gatekeeper = gatekeeper
+        self.topology = topology
         self.model_name = model_name
         self.max_request_bytes = max_request_bytes
 
@@ -66,6 +75,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 max_context_tokens=balancer.max_context_tokens,
                 eos_token_ids=config.eos_token_ids,
             )
+
+    async def GetMesh(self, request: pb.GetMeshRequest, context: rpc.Context) -> pb.GetMeshResponse:
+        async with rpc.aborting(context):
+            await self.gatekeeper.check_operator(await self._caller(context))
+            return await self.topology.mesh()
 
     @contextlib.asynccontextmanager
     async def _opened(

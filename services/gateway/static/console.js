@@ -1,0 +1,266 @@
+// The console: asks /console/mesh every second and draws it, /console/step for a timeline, and the API for the chat.
+"use strict";
+
+const EVERY_MS = 1000;
+const BOX = { width: 220, height: 62, gap: 14 };
+const COLUMNS = [["gateway", "GATEWAYS"], ["attention", "ATTENTION REPLICAS"], ["ffn", "FFN SHARDS"]];
+const byId = (id) => document.getElementById(id);
+const state = { model: "", replicas: [], chosen: null, slowest: false, messages: [], timelineUrl: null, isAsking: false };
+
+function headers() {
+  const key = sessionStorage.getItem("afd-api-key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function get(path) {
+  const answer = await fetch(path, { headers: headers(), cache: "no-store" });
+  if (answer.ok) return answer;
+  const body = await answer.json().catch(() => null);
+  throw Object.assign(new Error(body?.error?.message ?? `${answer.status} ${answer.statusText}`), { status: answer.status });
+}
+
+// --- the mesh ---
+
+async function refresh() {
+  try {
+    const mesh = await (await get("/console/mesh")).json();
+    Object.assign(state, { model: mesh.model, replicas: mesh.replicas });
+    showProblem(null);
+    byId("key").hidden = true;
+    draw();
+  } catch (error) {
+    showProblem(error instanceof TypeError ? "the gateway does not answer" : error.message);
+    byId("key").hidden = error.status !== 401 && error.status !== 403;
+  } finally {
+    setTimeout(refresh, EVERY_MS);
+  }
+}
+
+function showProblem(sentence) {
+  byId("problem").textContent = sentence ?? "";
+  byId("problem").hidden = sentence === null;
+}
+
+const of = (role) => state.replicas.filter((replica) => replica.role === role)
+  .sort((a, b) => a.shard - b.shard || a.replica_id.localeCompare(b.replica_id));
+const sum = (replicas, value) => replicas.reduce((total, replica) => total + (value(replica) ?? 0), 0);
+const percent = (share) => `${Math.round(100 * share)} %`;
+const number = (value) => (value ?? 0) >= 100 ? Math.round(value).toString() : (value ?? 0).toFixed((value ?? 0) >= 10 ? 0 : 1);
+
+function draw() {
+  const attention = of("attention");
+  if (!attention.some((replica) => replica.replica_id === state.chosen)) choose(attention[0]?.replica_id ?? null);
+  byId("model").textContent = state.model;
+  drawTotals(attention);
+  drawMesh();
+}
+
+function drawTotals(attention) {
+  const totals = [
+    ["tokens/s", number(sum(attention, (replica) => replica.rates.generated_tokens))],
+    ["sequences", sum(attention, (replica) => replica.load.sequences)],
+    ["waiting", sum(attention, (replica) => replica.load.waiting)],
+  ];
+  byId("totals").replaceChildren(...totals.map(([name, value]) => {
+    const entry = document.createElement("div");
+    entry.append(element("dt", name), element("dd", value));
+    return entry;
+  }));
+}
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function svg(tag, attributes, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function drawMesh() {
+  const columns = COLUMNS.map(([role]) => of(role));
+  const most = Math.max(1, ...columns.map((column) => column.length));
+  const width = 940, height = 30 + most * (BOX.height + BOX.gap);
+  const places = new Map();
+  columns.forEach((column, number) => column.forEach((replica, row) => {
+    const x = 1 + number * (width - BOX.width - 2) / 2;
+    const y = 30 + (row + (most - column.length) / 2) * (BOX.height + BOX.gap);
+    places.set(replica.replica_id, { x, y });
+  }));
+  const heads = COLUMNS.map(([, name], number) => svg("text", { class: "column", x: 1 + number * (width - BOX.width - 2) / 2, y: 14 }, name));
+  byId("mesh").setAttribute("viewBox", `0 0 ${width} ${height}`);
+  byId("mesh").replaceChildren(...heads, ...edges(places), ...columns.flat().map((replica) => box(replica, places.get(replica.replica_id))));
+}
+
+function edges(places) {
+  const drawn = [];
+  for (const gateway of of("gateway"))
+    for (const replica of of("attention")) {
+      const count = gateway.sequences_at[replica.replica_id] ?? 0;
+      drawn.push(edge(places, gateway.replica_id, replica.replica_id, count > 0, `${count} sequences`));
+    }
+  for (const replica of of("attention"))
+    for (const [ffn, transport] of Object.entries(replica.links))
+      drawn.push(edge(places, replica.replica_id, ffn, (replica.rates.handoffs ?? 0) > 0, `frames over ${transport}`));
+  return drawn.filter((path) => path !== null);
+}
+
+function edge(places, from, to, isLive, carries) {
+  const a = places.get(from), b = places.get(to);
+  if (!a || !b) return null;  // gone just now
+  const x1 = a.x + BOX.width, y1 = a.y + BOX.height / 2, x2 = b.x, y2 = b.y + BOX.height / 2, middle = (x1 + x2) / 2;
+  const path = svg("path", { d: `M${x1},${y1} C${middle},${y1} ${middle},${y2} ${x2},${y2}`, class: isLive ? "live" : "" });
+  path.append(svg("title", {}, carries));
+  return path;
+}
+
+function box(replica, { x, y }) {
+  const group = svg("g", { class: replica.role, transform: `translate(${x},${y})` });
+  group.append(svg("rect", { class: "box", width: BOX.width, height: BOX.height, rx: 7 }));
+  group.append(svg("title", {}, `${replica.replica_id} at ${replica.address}`));
+  group.append(svg("text", { x: 10, y: 19 }, name(replica)));
+  const { line, level, of: what } = told(replica);
+  group.append(svg("text", { class: "soft", x: 10, y: 37 }, line));
+  const share = Math.min(1, Math.max(0, level)), length = BOX.width - 100;
+  group.append(svg("rect", { class: "track", x: 10, y: 47, width: length, height: 6, rx: 3 }));
+  group.append(svg("rect", { class: share > 0.9 ? "level full" : "level", x: 10, y: 47, width: share * length, height: 6, rx: 3 }));
+  group.append(svg("text", { class: "soft", x: BOX.width - 10, y: 54, "text-anchor": "end" }, `${percent(share)} ${what}`));
+  if (!replica.is_ready) group.classList.add("not-ready");
+  if (replica.role === "attention") {
+    group.classList.toggle("chosen", replica.replica_id === state.chosen);
+    group.setAttribute("tabindex", 0);
+    group.setAttribute("role", "button");
+    group.addEventListener("click", () => choose(replica.replica_id));
+    group.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(replica.replica_id); });
+  }
+  return group;
+}
+
+function name(replica) {
+  const short = replica.replica_id.length > 18 ? `${replica.replica_id.slice(0, 17)}…` : replica.replica_id;
+  return replica.role === "ffn" ? `${replica.shard}/${replica.num_shards}  ${short}` : short;
+}
+
+// One line about a replica, and what its bar shows.
+function told(replica) {
+  const { load, capacity, rates } = replica;
+  if (replica.role === "gateway") {
+    const line = `${load.requests ?? 0} requests, ${number(rates.output_tokens)} tokens/s`;
+    return { line, level: (load.requests ?? 0) / (capacity.requests || 1), of: "open" };
+  }
+  if (replica.role === "attention") {
+    const stepMs = rates.steps > 0 ? `, ${(1000 * rates.step_seconds / rates.steps).toFixed(1)} ms a step` : "";
+    return { line: `${load.sequences ?? 0} sequences${stepMs}`, level: (load.kv_blocks ?? 0) / (capacity.kv_blocks || 1), of: "of KV" };
+  }
+  const transports = new Set(of("attention").map((attention) => attention.links[replica.replica_id]).filter(Boolean));
+  const fill = rates.ffn_batches > 0 ? `, ${number(rates.ffn_tokens / rates.ffn_batches)} rows a batch` : "";
+  const line = (transports.size ? `over ${[...transports].sort().join(", ")}` : "no attention replica") + fill;
+  return { line, level: rates.ffn_compute_seconds ?? 0, of: "busy" };
+}
+
+// --- a step's timeline ---
+
+function choose(replicaId) {
+  state.chosen = replicaId;
+  byId("step-of").textContent = replicaId ? `of ${replicaId}` : "";
+  showStep();
+}
+
+async function showStep() {
+  byId("last").setAttribute("aria-pressed", !state.slowest);
+  byId("slowest").setAttribute("aria-pressed", state.slowest);
+  if (!state.chosen) return;
+  try {
+    const query = new URLSearchParams({ replica: state.chosen, slowest: state.slowest });
+    const picture = await (await get(`/console/step?${query}`)).blob();
+    if (state.timelineUrl) URL.revokeObjectURL(state.timelineUrl);
+    state.timelineUrl = URL.createObjectURL(picture);
+    byId("timeline").src = state.timelineUrl;
+    byId("timeline").alt = `where the time of a decode step of ${state.chosen} went`;
+    byId("timeline").style.display = "block";
+    byId("no-step").hidden = true;
+  } catch (error) {
+    byId("timeline").style.display = "none";
+    byId("no-step").hidden = false;
+    byId("no-step").textContent = error.status === 404 ? "Nothing has been decoded yet: ask something." : error.message;
+  }
+}
+
+// --- chat ---
+
+async function ask(question) {
+  if (!question || state.isAsking) return;
+  state.isAsking = true;
+  say("user", question);
+  state.messages.push({ role: "user", content: question });
+  const answer = say("assistant", "");
+  const begun = performance.now();
+  let first = null, count = 0, text = "";
+  try {
+    for await (const chunk of chatChunks(state.messages)) {
+      first ??= performance.now();
+      count += 1;
+      text += chunk;
+      answer.textContent = text;
+      answer.scrollIntoView({ block: "nearest" });
+    }
+    state.messages.push({ role: "assistant", content: text });
+    if (first !== null) say("measured", `first after ${Math.round(first - begun)} ms, ${count} pieces in ${Math.round(performance.now() - begun)} ms`);
+  } catch (error) {
+    if (!text) answer.remove();
+    state.messages.pop();
+    say("error", error instanceof TypeError ? "the gateway does not answer" : error.message);
+  }
+  state.isAsking = false;
+  showStep();
+}
+
+async function* chatChunks(messages) {
+  const body = JSON.stringify({ model: state.model, messages, stream: true, max_tokens: 512 });
+  const answer = await fetch("/v1/chat/completions", { method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body });
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  for await (const data of events(answer.body)) {
+    if (data === "[DONE]") return;
+    const event = JSON.parse(data);
+    if (event.error) throw new Error(event.error.message);
+    const piece = event.choices?.[0]?.delta?.content;
+    if (piece) yield piece;
+  }
+}
+
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data: ")) yield line.slice(6);
+  }
+}
+
+function say(kind, text) {
+  const line = element("p", text, kind);
+  byId("messages").append(line);
+  line.scrollIntoView({ block: "nearest" });
+  return line;
+}
+
+byId("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = byId("question").value.trim();
+  byId("question").value = "";
+  ask(question);
+});
+byId("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("afd-api-key", byId("key-value").value.trim());
+});
+byId("last").addEventListener("click", () => { state.slowest = false; showStep(); });
+byId("slowest").addEventListener("click", () => { state.slowest = true; showStep(); });
+refresh();
