@@ -186,6 +186,12 @@ class AttentionSettings(ComputeSettings):
     journal_held_tokens: Count = Field(
         100_000, description="most tokens held back, of all requests; those beyond them fail their requests"
     )
+    step_slo_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="a decode step that takes longer is explained, and traced though not sampled; default: none"
+    )
+    slow_steps_per_s: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="most steps a second that are traced for being slow; the others are counted"
+    )
 
     @property
     def microbatch_counts(self) -> range:

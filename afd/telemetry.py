@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -16,8 +16,9 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
 
 from afd.config import ServiceSettings
 from afd.errors import ConfigError
@@ -27,6 +28,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 # Spans are made from perf_counter stamps, which are precise; this turns them into times of day.
 _EPOCH_OF_PERF_COUNTER_NS = time.time_ns() - time.perf_counter_ns()
 
+KEPT = "afd.kept"  # a span that begins with this attribute is recorded, whatever was sampled
 tracer = trace.get_tracer("afd")
 
 
@@ -42,9 +44,33 @@ def set_up(role: str, settings: ServiceSettings) -> None:
     sampler = None if "OTEL_TRACES_SAMPLER" in os.environ else ParentBased(TraceIdRatioBased(settings.trace_sample))
     provider = TracerProvider(sampler, Resource.create({"service.name": f"afd-{role}",
                                                         "service.instance.id": settings.replica_id}))  # fmt: skip
+    provider.sampler = _Keeping(provider.sampler)
     for exporter in exporters:
         provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=1 << 15))
     trace.set_tracer_provider(provider)
+
+
+class _Keeping(Sampler):
+    """Samples what is to be kept; for the rest another one decides."""
+
+    def __init__(self, other: Sampler) -> None:
+        self.other = other
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: trace.SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[trace.Link] | None = None,
+        trace_state: trace.TraceState | None = None,
+    ) -> SamplingResult:
+        sampler = ALWAYS_ON if attributes and KEPT in attributes else self.other
+        return sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+    def get_description(self) -> str:
+        return f"Keeping({self.other.get_description()})"
 
 
 def shut_down() -> None:

@@ -68,7 +68,7 @@ async def serve(settings: AttentionSettings, stop: StopSignal) -> None:
         registry = Registry(redis, settings.lease_s, settings.mesh)
         store = RequestStore(redis, settings.journal_ttl_s, settings.mesh)
         journal = Journal(store, settings.journal_pace_s, settings.journal_patience_s, settings.journal_held_tokens)
-        tracer = StepTracer()
+        tracer = StepTracer(settings.step_slo_ms, settings.slow_steps_per_s)
 
         def deliver(deliveries: list[Delivery]) -> None:
             loop.call_soon_threadsafe(journal.put, deliveries)

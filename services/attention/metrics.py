@@ -11,6 +11,7 @@ from afd.handoff.frame import FFN
 from afd.handoff.remote import RemoteFFN
 from services.attention.engine import Engine
 from services.attention.journal import Journal
+from services.attention.slow_steps import CULPRITS
 from services.attention.timeline import PARTS
 
 
@@ -79,6 +80,10 @@ class AttentionCollector(Collector):
         for part in PARTS:
             parts.add_metric([part], counters.part_ns[part] / 1e9)
         yield parts
+        slow = CounterMetricFamily("afd_slow_steps", "steps over the SLO, by why", labels=["culprit"])
+        for culprit in CULPRITS:
+            slow.add_metric([culprit], self.engine.tracer.num_slow[culprit])
+        yield slow
         bubble_ns = 0 if self._is_collocated else counters.part_ns["receive"]
         yield CounterMetricFamily("afd_attention_bubble_seconds", "waiting for the FFN", value=bubble_ns / 1e9)
 
