@@ -119,6 +119,11 @@ def traceparent(span: trace.Span) -> str:
     return carrier["traceparent"]
 
 
+def exemplar(span: trace.Span) -> dict[str, str] | None:
+    """What leads from a histogram's bucket to the span's trace; None unless the span is recorded."""
+    return {"trace_id": trace.format_trace_id(span.get_span_context().trace_id)} if span.is_recording() else None
+
+
 def context_of(carrier: Mapping[str, str]) -> Context:
     """The context that a `traceparent` entry names; empty without one."""
     return _PROPAGATOR.extract(carrier)

@@ -284,7 +284,7 @@ class Generator:
             "gen_ai.usage.input_tokens": len(request.prompt_ids),
             "afd.request_id": request.request_id,
         })  # fmt: skip
-        observed = metrics.RequestTimes()
+        observed = metrics.RequestTimes(telemetry.exemplar(span))
         try:
             choices = [self._choice(request, choice, running, span) for choice in range(request.params.n)]
             limits = self._limits(running, request.urgency)

@@ -28,9 +28,10 @@ def _total(counter: Counter) -> float:
 
 
 class RequestTimes:
-    """The times of one request, from its admission."""
+    """The times of one request, from its admission. exemplar: what leads from the histograms to its trace, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, exemplar: dict[str, str] | None = None) -> None:
+        self.exemplar = exemplar
         self.num_tokens = 0
         self._start = time.perf_counter()
         self._first: dict[int, float] = {}
@@ -40,7 +41,7 @@ class RequestTimes:
         TOKENS.inc(num_tokens)
         now = time.perf_counter()
         if not self._first:
-            TTFT.observe(now - self._start)
+            TTFT.observe(now - self._start, self.exemplar)
         self._first.setdefault(choice, now)
         self._last[choice] = now, self._last.get(choice, (now, 0))[1] + num_tokens
         self.num_tokens += num_tokens
@@ -48,6 +49,6 @@ class RequestTimes:
     def end(self, status: str) -> None:
         for choice, (last, num_tokens) in self._last.items():
             if num_tokens > 1:
-                TPOT.observe((last - self._first[choice]) / (num_tokens - 1))
-        DURATION.observe(time.perf_counter() - self._start)
+                TPOT.observe((last - self._first[choice]) / (num_tokens - 1), self.exemplar)
+        DURATION.observe(time.perf_counter() - self._start, self.exemplar)
         REQUESTS.labels(status).inc()

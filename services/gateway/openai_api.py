@@ -15,7 +15,8 @@ from typing import Any
 import prometheus_client
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -70,8 +71,11 @@ def make_app(
         return JSONResponse({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return PlainTextResponse(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        wants_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")  # it has exemplars
+        exposition = openmetrics if wants_openmetrics else prometheus_client.exposition
+        text = exposition.generate_latest(prometheus_client.REGISTRY)
+        return Response(text, media_type=exposition.CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
