@@ -16,6 +16,7 @@ from afd.bench import counters
 from afd.handoff.frame import Crossing, Timing
 from afd.handoff.negotiate import LADDER
 from afd.mesh import Mesh
+from afd.scrape import scrape
 from afd.telemetry import serve_metrics
 from services.attention.timeline import StepCounters, StepTimeline
 from tests.conftest import Model, StartMesh
@@ -99,6 +100,53 @@ def test_collocated_attention_has_no_bubble_and_no_transport(
     assert values["afd_attention_bubble_seconds"] == 0
     assert values["afd_step_part_seconds/receive"] > 0
     assert not [name for name in values if name.startswith(("afd_handoff_transport", "afd_handoff_ffn_bubble"))]
+
+
+def gateway_metrics(mesh: Mesh) -> dict[str, float]:
+    return scrape(str(mesh.gateway.metrics_address))
+
+
+def test_the_gateway_counts_who_holds_a_lease_and_what_is_open(mesh: Mesh) -> None:
+    async def ask_and_look() -> dict[str, float]:
+        async with Client(mesh.gateway.address) as client:
+            async for _ in client.generate([3, 4, 5], max_tokens=100, ignore_eos=True):
+                return await asyncio.to_thread(gateway_metrics, mesh)
+        raise AssertionError("no token")
+
+    values = asyncio.run(ask_and_look())
+    assert values["afd_requests_open"] == 1
+    assert values["afd_requests_max"] == 10_000
+    assert (values["afd_replicas/gateway"], values["afd_replicas/attention"]) == (1, 1)
+    assert values["afd_attention_replicas_ready"] == 1
+
+
+def test_what_can_answer_for_each_shard_is_a_metric(make_model: Callable[[int], Model], start_mesh: StartMesh) -> None:
+    with start_mesh(make_model(4).path, 1, 2, ffn_replicas=2) as mesh:
+        values = counters(mesh, "attention-0")
+    assert {name: value for name, value in values.items() if name.startswith("afd_ffn_replicas")} == {
+        "afd_ffn_replicas/0": 2,
+        "afd_ffn_replicas/1": 2,
+    }
+
+
+def test_the_time_that_sequences_wait_is_a_metric(make_model: Callable[[int], Model], start_mesh: StartMesh) -> None:
+    """Two, where one can be decoded at once: the first one is left 0.2 s after the second has come."""
+
+    async def ask_meanwhile(mesh: Mesh) -> None:
+        async with Client(mesh.gateway.address) as client:
+            async for _ in client.generate([3, 4, 5], max_tokens=1000, ignore_eos=True):
+                second = asyncio.create_task(ask(mesh.gateway.address))
+                while not (await asyncio.to_thread(counters, mesh))["afd_sequences_waiting"]:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                break
+            await second
+
+    with start_mesh(make_model(4).path, 1, 0, max_sequences=1) as mesh:
+        asyncio.run(asyncio.wait_for(ask_meanwhile(mesh), 30))
+        values = counters(mesh)
+    assert (values["afd_sequences_max"], values["afd_admissions"]) == (1, 2)
+    assert 0.2 < values["afd_admission_wait_seconds"] < 30
 
 
 def served_names(mesh: Mesh) -> set[str]:

@@ -57,6 +57,9 @@ class AttentionCollector(Collector):
         scheduler = self.engine.scheduler
         yield GaugeMetricFamily("afd_sequences_running", "sequences decoded", value=len(scheduler.running))
         yield GaugeMetricFamily("afd_sequences_waiting", "sequences that wait", value=len(scheduler.waiting))
+        yield GaugeMetricFamily("afd_sequences_max", "decoded at once at most", value=scheduler.max_sequences)
+        yield CounterMetricFamily("afd_admissions", "sequences that waited no longer", value=scheduler.num_admitted)
+        yield CounterMetricFamily("afd_admission_wait_seconds", "time of all until then", value=scheduler.waited_s)
         yield GaugeMetricFamily("afd_kv_blocks", "KV blocks in all", value=scheduler.blocks.num_blocks)
         yield GaugeMetricFamily("afd_kv_blocks_used", "KV blocks in use", value=scheduler.blocks.num_used)
         yield CounterMetricFamily("afd_preemptions", "sequences preempted", value=scheduler.num_preemptions)
@@ -93,6 +96,7 @@ class AttentionCollector(Collector):
         latency = GaugeMetricFamily("afd_handoff_probe_latency_seconds", "round trip of one token", labels=labels)
         bandwidth = GaugeMetricFamily("afd_handoff_probe_bytes_per_second", "both ways together", labels=labels)
         late = GaugeMetricFamily("afd_ffn_replica_late", "1: an answer is overdue", labels=labels)
+        replicas = GaugeMetricFamily("afd_ffn_replicas", "that frames can go to", labels=["shard"])
         resent = CounterMetricFamily("afd_frames_resent", "sent to another replica", labels=["shard", "reason"])
         ffn = self.engine.decoder.ffn
         if isinstance(ffn, RemoteFFN):
@@ -102,9 +106,11 @@ class AttentionCollector(Collector):
                 latency.add_metric(values, pair.rung.latency_s)
                 bandwidth.add_metric(values, pair.rung.bytes_per_s)
                 late.add_metric(values, pair.has_late_answer)
+            for shard, pairs in enumerate(ffn.table.shards):
+                replicas.add_metric([str(shard)], sum(not pair.is_lost for pair in pairs))
             for (shard, reason), number in ffn.num_resent.items():
                 resent.add_metric([str(shard), reason], number)
-        yield from (chosen, latency, bandwidth, late, resent)
+        yield from (chosen, latency, bandwidth, late, replicas, resent)
 
     def _handoffs(self) -> Iterator[Metric]:
         frames = _by_shard("afd_handoffs", "frames answered")

@@ -9,6 +9,7 @@ that can wait.
 from __future__ import annotations
 
 import itertools
+import time
 from bisect import insort
 from collections.abc import Collection
 
@@ -26,6 +27,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in turn
         self.running: list[Sequence] = []  # in turn
         self.num_preemptions = 0
+        self.num_admitted = 0  # again after each preemption
+        self.waited_s = 0.0  # all of those together, until they were admitted
         self.in_flight: dict[int, list[Chunk]] = {}  # by slot: what its microbatch computes
         self._leaving: set[Sequence] = set()  # removed while in flight
         self._arrivals = itertools.count()
@@ -36,7 +39,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.turn = sequence.urgency.priority, next(self._arrivals)
-        insort(self.waiting, sequence, key=_turn)
+        self._put_off(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
         """Forgets a sequence, wherever it is, and frees its blocks: once nothing is written to them any more. Whether
@@ -92,7 +95,7 @@ class Scheduler:
             if admitting and self._is_turn_of_waiting(index):
                 admitting = budget > 0 and self._has_room(self.waiting[0])
                 if admitting:
-                    self.running.insert(index, self.waiting.pop(0))
+                    self._admit(index)
             if index == len(self.running):
                 return chunks
             sequence = self.running[index]
@@ -102,6 +105,18 @@ class Scheduler:
                     chunks.append(chunk)
                     budget -= chunk.prefill_tokens
             index = min(index + 1, len(self.running))  # preemption shortens the list behind what is ready
+
+    def _put_off(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        sequence.waits_since = time.monotonic()
+        insort(self.waiting, sequence, key=_turn)
+
+    def _admit(self, index: int) -> None:
+        """The first that waits is decoded from now on, in turn before the one that is there."""
+        sequence = self.waiting.pop(0)
+        self.running.insert(index, sequence)
+        self.num_admitted += 1
+        self.waited_s += time.monotonic() - sequence.waits_since
 
     def _is_turn_of_waiting(self, index: int) -> bool:
         """Whether the first that waits comes before the running one there."""
@@ -136,7 +151,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.free(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=_turn)
+        self._put_off(sequence)
         self.num_preemptions += 1
 
     def _has_room(self, sequence: Sequence, without: Collection[Sequence] = ()) -> bool:

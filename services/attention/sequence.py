@@ -38,6 +38,7 @@ class Sequence:
     span_context: SpanContext | None = None
     urgency: Urgency = NOT_URGENT
     turn: tuple[int, int] = (0, 0)  # of all sequences here: by priority, then as they came
+    waits_since: float = 0.0  # time.monotonic() when it was last put off
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     in_flight: bool = False  # a microbatch is computing its next tokens

@@ -7,6 +7,7 @@ import logging
 import os
 
 import grpc.aio
+import prometheus_client
 
 from afd.access import Access
 from afd.config import GatewaySettings
@@ -24,6 +25,7 @@ from afd.v1 import gateway_pb2_grpc
 from services.gateway import metrics
 from services.gateway.auth import Gatekeeper
 from services.gateway.balancer import Balancer
+from services.gateway.collector import GatewayCollector
 from services.gateway.generation import Generator
 from services.gateway.http_server import HttpLimits, serving_http
 from services.gateway.openai_api import make_app
@@ -64,6 +66,7 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
         servicer = GatewayServicer(generator, gatekeeper, topology, model_name, settings.max_body_bytes)
         app = make_app(generator, gatekeeper, topology, model_name, settings.max_body_bytes)
 
+        prometheus_client.REGISTRY.register(GatewayCollector(generator))
         certificate = Certificate(settings.public_tls, mutual=False) if settings.public_tls else None
         limits = HttpLimits(settings.max_header_bytes, settings.read_timeout_s)
         access = Access.for_clients(

@@ -42,10 +42,15 @@ class Balancer:
         self.replica_id = replica_id
         self._replicas: dict[str, AttentionReplica] = {}  # by incarnation
         self._others: Counter[str] = Counter()  # sequences of the other gateways, by incarnation
+        self.num_gateways = 0  # this one among them
         self._changed = asyncio.Event()
 
     def find(self, replica_id: str) -> AttentionReplica | None:
         return next((entry for entry in self._replicas.values() if entry.replica.replica_id == replica_id), None)
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._replicas)
 
     @property
     def num_ready(self) -> int:
@@ -68,6 +73,7 @@ class Balancer:
     async def follow_gateways(self) -> None:
         """Keeps up with what the other gateways have, as their leases say, until cancelled."""
         async for gateways in self.registry.watch("gateway"):
+            self.num_gateways = len(gateways)
             others = (gateway for gateway in gateways if gateway.replica_id != self.replica_id)
             self._others = sum((Counter(gateway.sequences_at) for gateway in others), Counter())
 
