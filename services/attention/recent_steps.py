@@ -55,6 +55,9 @@ class RecentSteps:
             self.last = _followed(self._newest, timeline)
             if self.slowest is None or _is_surpassed(self.slowest.timeline, self.last.timeline):
                 self.slowest = self.last
+        if not any(interval.part == "attention" for interval in timeline.intervals):
+            self._newest = None  # it was abandoned
+            return
         num_sequences = len({id(chunk.sequence) for chunk in chunks})
         self._newest = RecentStep(timeline, num_sequences, sum(chunk.num_tokens for chunk in chunks))
 

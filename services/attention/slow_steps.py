@@ -81,9 +81,11 @@ def _spent(step: StepTimeline, transports: tuple[str, ...]) -> Spent:
 def _waited(wait: Interval, answers: list[Crossing], transports: tuple[str, ...]) -> Spent:
     """What the shard that answered last was doing; behind its answer attention adds the partial sums up."""
     spent: Spent = Counter()
-    last = max((each for each in answers if each.arrived_ns <= wait.end_ns), key=lambda each: each.arrived_ns)
-    for culprit, start_ns, end_ns in _phases(last, transports):
-        spent[culprit, last.shard] += _overlap_ns(wait, start_ns, end_ns)
+    arrived = [each for each in answers if each.arrived_ns <= wait.end_ns]
+    if arrived:
+        last = max(arrived, key=lambda each: each.arrived_ns)
+        for culprit, start_ns, end_ns in _phases(last, transports):
+            spent[culprit, last.shard] += _overlap_ns(wait, start_ns, end_ns)
     spent["attention", _NO_SHARD] += wait.end_ns - wait.start_ns - spent.total()
     return spent
 
