@@ -57,14 +57,14 @@ def sdk_tokens(mesh: Mesh, **options: Any) -> list[Token]:
 
 @SCHEMAS
 def test_buf_curl_streams_the_tokens_that_the_sdk_gets(mesh: Mesh, schema: tuple[str | Path, ...]) -> None:
-    sampling = {"temperature": 1.5, "seed": 7, "maxTokens": 24}
+    sampling = {"temperature": 4, "seed": 7, "maxTokens": 24}
     done = buf_curl(mesh, "Generate", {"chat": {"messages": QUESTION}, "sampling": sampling}, *schema)
     assert (done.returncode, done.stderr) == (0, "")
     first, *others = messages(done.stdout)
     assert first["started"]["numPromptTokens"] > len(QUESTION)
     assert len(others) > 1, "it comes as a stream"
     tokens = [token for message in others for token in message["tokens"]]
-    expected = sdk_tokens(mesh, temperature=1.5, seed=7, max_tokens=24)
+    expected = sdk_tokens(mesh, temperature=4, seed=7, max_tokens=24)
     assert [(token["id"], token.get("text", "")) for token in tokens] == [(token.id, token.text) for token in expected]
 
 
