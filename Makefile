@@ -14,7 +14,7 @@ COMPOSE_OPTIONS := --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if
 COMPOSE := docker compose $(COMPOSE_OPTIONS)
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: help setup demo images up upgrade down e2e test test-slow test-gpu lint format protos clean
+.PHONY: help setup demo images up upgrade down e2e test test-slow test-gpu lint format protos docs clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ format: setup  ## let ruff format and mend
 protos: setup  ## make afd/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=. --pyi_out=. --grpc_python_out=. --mypy_grpc_out=. protos/afd/v1/*.proto
+
+docs: setup  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what is made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

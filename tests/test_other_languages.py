@@ -22,7 +22,7 @@ QUESTION = [{"role": "user", "content": "Which day comes 7 days after Monday?"}]
 ANSWER = "Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday"
 SCHEMAS = pytest.mark.parametrize(
     "schema", [("--schema", ROOT / "protos"), ("--reflect",)], ids=["protos", "reflection"]
-)  # fmt: skip
+)
 EXIT_INVALID_ARGUMENT = 3 << 3  # buf's exit status is gRPC's, times 8
 EXIT_NOT_FOUND = 5 << 3
 TIMEOUT_S = 60
