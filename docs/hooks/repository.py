@@ -26,7 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         file = waiting.pop()
         for path in _linked(_origin(file.src_uri), file.content_string):
             page = _page_of(path)
-            if page.startswith(FOLDER) and not files.get_file_from_path(page):
+            is_new = page.startswith(FOLDER) and not files.get_file_from_path(page)
+            if is_new and (ROOT / path).is_file():
                 made = File.generated(config, page, content=_text(path))
                 files.append(made)
                 waiting += [made] if path.endswith(".md") else []
