@@ -99,8 +99,9 @@ class _Control:
             tell("step", text)
 
         with contextlib.closing(writer):
-            wanted = json.loads(await asyncio.wait_for(reader.readline(), _PATIENCE_S))
-            scaling = asyncio.create_task(self._scale(wanted, say))
+            if not (line := await asyncio.wait_for(reader.readline(), _PATIENCE_S)):
+                return  # who only wants to know whether anybody is here
+            scaling = asyncio.create_task(self._scale(json.loads(line), say))
             while not (await asyncio.wait([scaling], timeout=_SIGN_OF_LIFE_S))[0]:
                 if not writer.is_closing():
                     writer.write(b"\n")

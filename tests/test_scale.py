@@ -14,6 +14,7 @@ import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from afd import Client, Token, control
 from afd.errors import ConfigError, PeerUnavailable
 from afd.forkserver import ForkServer
 from afd.mesh import Mesh, MeshOptions, Seat, Service
+from afd.processes import has_listener
 from afd.scale import _differences, scale
 from afd.scrape import scrape
 from afd.state.registry import Registry, Replica
@@ -296,3 +298,13 @@ def test_attention_replica_that_is_started_again_is_told_the_shards_there_are() 
     mesh = Mesh(MeshOptions(Path("model")), "redis://", ForkServer())
     mesh.arrange(mesh.services, dataclasses.replace(mesh.options, ffn=3))
     assert [service.settings.get("ffn_shards") for service in mesh.services] == [None, 3, None]
+
+
+async def test_who_only_looks_whether_afd_up_is_there_leaves_no_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await asyncio.start_unix_server(control._Control(cast(Any, None), print).answer, tmp_path / "up.sock")
+    async with server:
+        assert await asyncio.to_thread(has_listener, tmp_path / "up.sock")
+        await asyncio.sleep(0.1)
+    assert caplog.records == []
