@@ -45,8 +45,8 @@ def test_no_alert_is_untested() -> None:
 
 def _firing(test: dict[str, Any]) -> list[str]:
     """The alerts that are expected in it."""
-    samples = [sample for each in test.get("promql_expr_test", ()) for sample in each["exp_samples"]]
-    names = [sample["labels"].partition('alertname="')[2].partition('"')[0] for sample in samples]
+    samples = [sample["labels"] for each in test.get("promql_expr_test", ()) for sample in each["exp_samples"]]
+    names = re.findall(r'alertname="(\w+)"', " ".join(samples))
     return names + [each["alertname"] for each in test.get("alert_rule_test", ()) if each["exp_alerts"]]
 
 
