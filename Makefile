@@ -12,6 +12,9 @@ READY := $(VENV)/.ready
 COMPOSE_OPTIONS := --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if $(GPU),--file compose.gpu.yaml) \
 	$(addprefix --profile ,$(PROFILES))
 COMPOSE := docker compose $(COMPOSE_OPTIONS)
+ifneq ($(filter observability,$(PROFILES)),)
+export OTEL_EXPORTER_OTLP_ENDPOINT ?= http://otel-collector:4317
+endif
 export REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
 
 .PHONY: help setup demo images up upgrade down e2e test test-slow test-gpu lint format protos docs clean

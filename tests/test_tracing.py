@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -47,6 +48,7 @@ def trace_file(
     path = tmp_path_factory.mktemp("traces") / "spans.jsonl"
     with start_mesh(make_model(4).path, 1, 2, trace_sample=1, trace_file=path) as mesh:
         asyncio.run(ask(mesh.gateway.address, "a secret prompt"))
+        urllib.request.urlopen(f"{mesh.http_url}/health", timeout=5).read()
     return path
 
 
@@ -64,6 +66,10 @@ def test_request_is_one_trace_from_gateway_to_attention(spans: list[Span]) -> No
     (decode,) = named(spans, "attention.decode")
     assert (request["service"], decode["service"]) == ("afd-gateway", "afd-attention")
     assert (decode["traceId"], decode["parentSpanId"]) == (request["traceId"], request["spanId"])
+
+
+def test_gateways_trace_requests_and_no_probes(spans: list[Span]) -> None:
+    assert {span["name"] for span in spans if span["service"] == "afd-gateway"} == {"generate"}
 
 
 def test_every_step_is_a_span_linked_to_its_requests(spans: list[Span]) -> None:

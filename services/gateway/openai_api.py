@@ -37,6 +37,8 @@ from services.gateway.tokenizer import Tokenizer
 from services.gateway.topology import Topology
 
 _OPEN_PATHS = ("/health", "/metrics", *PAGE_PATHS)  # need no API key
+# FastAPI's own, since 0.16x, traces probes and scrapes, too, and logs what validation has refused: that is the prompt.
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
 _MAX_CHOICES = 256  # of all prompts together
 _NO_OBJECT = "the body must be a JSON object in UTF-8, not too deep, sent with Content-Type: application/json"
 _MAX_READ_AWAY = 8  # times the largest body
@@ -55,7 +57,7 @@ def make_app(
     generator: Generator, gatekeeper: Gatekeeper, topology: Topology, model_name: str, max_body_bytes: int
 ) -> FastAPI:
     """The application; `model_name` is the one model it serves."""
-    app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None)
+    app = FastAPI(title="AFD Mesh", docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     created = int(time.time())
     app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(_KeyCheck, gatekeeper=gatekeeper, max_bytes=max_body_bytes)  # before the body is kept

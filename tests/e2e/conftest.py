@@ -12,7 +12,7 @@ from afd.model.checkpoint import Checkpoint
 from afd.model.transformer import Transformer
 from afd.model.weights import load_all
 from tests.conftest import Model
-from tests.e2e.stack import ROOT, Stack, redis_image
+from tests.e2e.stack import ROOT, Stack, image
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def images() -> dict[str, str]:
         engine.ping()
     except DockerException as error:
         pytest.skip(f"no Docker engine answers: {error}")
-    variables = {"REDIS_IMAGE": redis_image(engine)}
+    variables = {"REDIS_IMAGE": image(engine, "redis:8.2")}
     Stack(variables=variables).build()
     return variables
 

@@ -73,9 +73,10 @@ class Stack:
         self.compose("up", "--detach", "--wait", *services)
 
     @contextmanager
-    def running(self) -> Iterator[Stack]:
+    def running(self, *services: str) -> Iterator[Stack]:
+        """All of them by default."""
         try:
-            self.up()
+            self.up(*services)
             yield self
         finally:
             self.down()
@@ -108,15 +109,16 @@ class Stack:
         return "\n".join(f"{each.name}: {each.logs(tail=8).decode()}" for each in self.containers())
 
 
-def redis_image(engine: docker.DockerClient, wanted: str = "redis:8.2") -> str:
-    """The real image where it can be had, else one with the distribution's Redis."""
+def image(engine: docker.DockerClient, wanted: str) -> str:
+    """The real image where it can be had, else one with what the distribution has of that name."""
+    name = wanted.rpartition("/")[2].partition(":")[0]
     try:
         engine.images.get(wanted)
     except ImageNotFound:
         try:
             engine.images.pull(wanted)
         except APIError:
-            folder = Path(__file__).parent
-            engine.images.build(path=str(folder), dockerfile="redis.Dockerfile", tag=f"{PROJECT}-redis", rm=True)
-            return f"{PROJECT}-redis"
+            folder, tag = Path(__file__).parent, f"{PROJECT}-{name}"
+            engine.images.build(path=str(folder), dockerfile=f"{name}.Dockerfile", tag=tag, rm=True)
+            return tag
     return wanted
