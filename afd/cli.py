@@ -1,5 +1,5 @@
-"""The command line: `afd up`, `scale`, `generate`, `chat`, `top`, `bench`, `trace`, `doctor`, `certs`, `keys`,
-`make-checkpoint`."""
+"""The command line: `afd up`, `scale`, `layout`, `generate`, `chat`, `top`, `bench`, `trace`, `doctor`, `certs`,
+`keys`, `make-checkpoint`."""
 
 from __future__ import annotations
 
@@ -200,6 +200,23 @@ def scale(
     except KeyboardInterrupt:
         _note("the change goes on; `afd up` shows it")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def layout(
+    redis: keys.RedisUrl,
+    ffn: Annotated[int | None, typer.Argument(min=1, max=_MOST, help="FFN shards from now on")] = None,
+    mesh: Annotated[str, typer.Option(envvar="AFD_MESH", help="which of the meshes on this Redis")] = "default",
+    redis_ca: keys.RedisCa = None,
+) -> None:
+    """Tells into how many shards the FFN of a mesh is split; or has it split into others, which must run already.
+
+    For a mesh whose processes Kubernetes or something else runs; `afd scale` does it for one of `afd up`. Its requests go
+    on, and the shards of before are not needed any more.
+    """
+    from afd.layout import show_or_change
+
+    console.print(show_or_change(redis, redis_ca, mesh, ffn), highlight=False, soft_wrap=True)
 
 
 @app.command()

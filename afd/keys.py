@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import datetime
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -31,11 +32,12 @@ RedisUrl = Annotated[
         help="URL of the mesh's Redis; with a password use the variable: others on this machine see options",
     ),
 ]
+RedisCa = Annotated[Path | None, typer.Option(envvar="AFD_REDIS_CA", help="CA that the TLS of Redis is checked by")]
 
 
-def _run(url: str, work: Callable[[ApiKeys], Awaitable[T]]) -> T:
+def _run(url: str, ca: Path | None, work: Callable[[ApiKeys], Awaitable[T]]) -> T:
     async def connected() -> T:
-        async with connect(url) as redis:
+        async with connect(url, ca) as redis:
             return await work(ApiKeys(redis))
 
     return asyncio.run(connected())
@@ -50,16 +52,17 @@ def create(
     tokens_per_day: Annotated[int | None, typer.Option(min=1, help="of prompts and answers, by UTC days")] = None,
     min_priority: Annotated[int | None, typer.Option(help="lower ones, which go first, are refused")] = None,
     operator: Annotated[bool, typer.Option("--operator", help="may also use `afd top` and the console")] = False,
+    redis_ca: RedisCa = None,
 ) -> None:
     """Prints a new key: this once, it is kept nowhere."""
     if not name.strip():
         raise typer.BadParameter("a key has a name, for people")
     limits = Limits(requests_per_minute, concurrency, tokens_per_day, min_priority)
-    print(_run(redis, lambda keys: keys.create(name, limits, operator)))
+    print(_run(redis, redis_ca, lambda keys: keys.create(name, limits, operator)))
 
 
 @app.command("list")
-def list_keys(redis: RedisUrl) -> None:
+def list_keys(redis: RedisUrl, redis_ca: RedisCa = None) -> None:
     """The keys, their limits, and what they have used today."""
 
     async def look_up(keys: ApiKeys) -> list[tuple[ApiKey, int]]:
@@ -68,7 +71,7 @@ def list_keys(redis: RedisUrl) -> None:
     limits_of = "requests/min", "concurrency", "tokens/day", "min priority"
     headings = "name", "created", *limits_of, "operator", "tokens today"
     table = Table(Column("id", no_wrap=True), *headings)
-    for key, tokens in _run(redis, look_up):
+    for key, tokens in _run(redis, redis_ca, look_up):
         created = datetime.datetime.fromtimestamp(key.created_s, datetime.UTC)
         limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))
         operator = "yes" if key.is_operator else "-"
@@ -78,8 +81,12 @@ def list_keys(redis: RedisUrl) -> None:
 
 
 @app.command()
-def revoke(key_id: Annotated[str, typer.Argument(help="as `afd keys list` shows it")], redis: RedisUrl) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="as `afd keys list` shows it")],
+    redis: RedisUrl,
+    redis_ca: RedisCa = None,
+) -> None:
     """Gateways refuse the key a few seconds later at the latest; what already runs ends as usual."""
-    if not _run(redis, lambda keys: keys.revoke(key_id)):
+    if not _run(redis, redis_ca, lambda keys: keys.revoke(key_id)):
         raise NotFound(f"there is no key {key_id}")
     notes.print(f"revoked {key_id}")

@@ -22,6 +22,7 @@ from afd.state.registry import Registry, Replica
 from afd.state.requests import JournaledToken, JournalEntry, RequestRecord, RequestStore, SequenceKey
 from tests.conftest import Model, StartMesh
 from tests.redis_servers import Server, cluster_servers, one_server, running
+from tests.test_cli import afd
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "redis.md"
 REPLICA = Replica("ffn", "ffn-1", "127.0.0.1:1", "fingerprint", pid=1, shard=(0, 1))
@@ -208,3 +209,10 @@ def test_a_mesh_runs_on_a_redis_with_tls(
     settings = {"redis": tls_server.url, "redis_ca": certificates / "ca.crt"}
     with start_mesh(make_model(4).path, 1, 0, **settings) as mesh:
         assert len(asyncio.run(generate(mesh.gateway.address))) == 5
+
+
+@pytest.mark.parametrize("command", [("keys", "create", "alice"), ("keys", "list"), ("layout",)])
+def test_commands_reach_a_redis_with_tls(tls_server: TlsServer, certificates: Path, command: tuple[str, ...]) -> None:
+    assert "certificate verify failed" in afd(*command, AFD_REDIS=tls_server.url).stderr
+    done = afd(*command, AFD_REDIS=tls_server.url, AFD_REDIS_CA=str(certificates / "ca.crt"))
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,45 @@
+"""`afd layout`: into how many shards the FFN is split, for a mesh whose processes `afd up` does not run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from afd.errors import PeerUnavailable
+from afd.state.connection import connect
+from afd.state.registry import NO_LAYOUT, Layout, Registry
+
+_LEASE_S = 5.0  # a layout is known for ten of them, and its replicas renew it every second
+
+
+def show_or_change(url: str, ca: Path | None, mesh: str, num_shards: int | None) -> str:
+    """For people: the layout that counts, after a change to `num_shards` if that is given. Raises as `change` does,
+    and ConfigError if no Redis answers."""
+
+    async def run() -> Layout:
+        async with connect(url, ca) as redis:
+            registry = Registry(redis, _LEASE_S, mesh)
+            return await (change(registry, num_shards) if num_shards else registry.keep_layout(NO_LAYOUT))
+
+    layout = asyncio.run(run())
+    return f"mesh {mesh} has {_described(layout)}"
+
+
+async def change(registry: Registry, num_shards: int) -> Layout:
+    """Begins a new epoch with so many shards, unless they are that many already. Raises PeerUnavailable if a shard of
+    the new layout has no replica yet: then all is as before."""
+    present = await registry.keep_layout(NO_LAYOUT)
+    if present.num_shards == num_shards:
+        return present
+    there = {replica.shard for replica in await registry.replicas("ffn")}
+    missing = [f"{shard}/{num_shards}" for shard in range(num_shards) if (shard, num_shards) not in there]
+    if missing:
+        raise PeerUnavailable(
+            f"there is no replica of FFN shard {', '.join(missing)} in mesh {registry.mesh}, so it still has "
+            f"{_described(present)}"
+        )
+    return await registry.set_layout(num_shards)
+
+
+def _described(layout: Layout) -> str:
+    return f"{layout.num_shards} FFN shards, in epoch {layout.epoch}" if layout.epoch else "no layout yet"
