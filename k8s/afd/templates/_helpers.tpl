@@ -1,0 +1,48 @@
+{{- define "afd.name" -}}
+{{- ternary .Release.Name (printf "%s-afd" .Release.Name) (contains "afd" .Release.Name) -}}
+{{- end -}}
+
+{{- /* What the pods of a role are found by: (root, role, and labels that narrow it). */ -}}
+{{- define "afd.selector" -}}
+app.kubernetes.io/name: afd
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+app.kubernetes.io/component: {{ .role }}
+{{- with .labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.labels" -}}
+{{ include "afd.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "afd.metadata" -}}
+name: {{ include "afd.name" .root }}-{{ .name | default .role }}
+labels: {{- include "afd.labels" . | nindent 2 }}
+{{- end -}}
+
+{{- define "afd.image" -}}
+{{- $values := get .root.Values .role -}}
+{{ .root.Values.image.registry }}afd-{{ .role }}:{{ $values.imageTag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end -}}
+
+{{- /* The Secret with a role's certificate, or with the public one. */ -}}
+{{- define "afd.certificate" -}}
+{{- if .root.Values.tls.certManager.issuer -}}
+{{ include "afd.name" .root }}-{{ .role }}-tls
+{{- else -}}
+{{ get .root.Values.tls.secrets .role }}
+{{- end -}}
+{{- end -}}
+
+{{- define "afd.redisSecret" -}}
+{{ .Values.redis.external.secret | default (printf "%s-redis" (include "afd.name" .)) }}
+{{- end -}}
+
+{{- /* A value of the environment: 8388608 stays 8388608, where Go says 8.388608e+06. */ -}}
+{{- define "afd.text" -}}
+{{- ternary . (toJson .) (kindIs "string" .) -}}
+{{- end -}}

@@ -1,0 +1,73 @@
+{{- /* What cannot be, in a sentence that says the way out. values.schema.json has refused unknown keys and wrong types. */ -}}
+{{- define "afd.validate" -}}
+{{- if gt (len (include "afd.name" .)) 36 }}
+{{- fail (printf "the release is called %s: names of its pods would be too long, so give it one of up to 32 characters" .Release.Name) }}
+{{- end }}
+{{- range $path, $count := dict "gateway.replicas" .Values.gateway.replicas "attention.replicas" .Values.attention.replicas "ffn.replicas" .Values.ffn.replicas "ffn.shards" .Values.ffn.shards }}
+{{- if lt (int $count) 1 }}
+{{- fail (printf "%s is %d, and a mesh needs at least one: to stop it use helm uninstall" $path (int $count)) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.ffn.nextShards (eq (int .Values.ffn.nextShards) (int .Values.ffn.shards)) }}
+{{- fail "ffn.nextShards equals ffn.shards: it is the number of shards that the FFN shall be split into next, or 0" }}
+{{- end }}
+{{- range $role := list "gateway" "attention" }}
+{{- $scaling := (get $.Values $role).autoscaling }}
+{{- if and $scaling.enabled (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) }}
+{{- fail (printf "%s.autoscaling.minReplicas is over maxReplicas" $role) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.attention.autoscaling.enabled (not .Values.attention.autoscaling.prometheus) }}
+{{- fail "attention.autoscaling goes by the mesh's metrics: attention.autoscaling.prometheus must be the URL of the Prometheus that has them" }}
+{{- end }}
+{{- if and .Values.redis.external.caKey (not .Values.redis.external.secret) }}
+{{- fail "redis.external.caKey is set and redis.external.secret is not: it is a key of that Secret" }}
+{{- end }}
+{{- include "afd.validateModel" .Values.model }}
+{{- include "afd.validateTls" .Values }}
+{{- include "afd.validateReshard" . }}
+{{- end -}}
+
+{{- define "afd.validateModel" -}}
+{{- if not .name }}
+{{- fail "model.name is not set: it is what clients call the model by" }}
+{{- end }}
+{{- if not (or .persistentVolumeClaim .hostPath) }}
+{{- fail "nothing says where the model is: set model.persistentVolumeClaim, or model.hostPath for a folder that every node has" }}
+{{- end }}
+{{- if and .persistentVolumeClaim .hostPath }}
+{{- fail "model.persistentVolumeClaim and model.hostPath are both set: the model is in one place" }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.validateTls" -}}
+{{- $issuer := .tls.certManager.issuer }}
+{{- $given := list }}
+{{- $missing := list }}
+{{- range $role := list "gateway" "attention" "ffn" "public" }}
+{{- if get $.tls.secrets $role }}{{ $given = append $given $role }}{{ else }}{{ $missing = append $missing (printf "tls.secrets.%s" $role) }}{{ end }}
+{{- end }}
+{{- if and $issuer $given }}
+{{- fail "tls.certManager.issuer and tls.secrets are both set: certificates come from one of them" }}
+{{- end }}
+{{- if and .insecure (or $issuer $given) }}
+{{- fail "insecure is true, and tls says where certificates come from: choose one" }}
+{{- end }}
+{{- if and $given $missing }}
+{{- fail (printf "%s is not set: every role has a certificate of its own, and clients see the public one" (join ", " $missing)) }}
+{{- end }}
+{{- if not (or .insecure $issuer $given) }}
+{{- fail "nothing says where certificates come from: set tls.certManager.issuer, or the four tls.secrets, or insecure: true if something else protects the pods' network" }}
+{{- end }}
+{{- end -}}
+
+{{- /* The layout in Redis stays until `afd layout` begins another one: without its shards nothing would serve. */ -}}
+{{- define "afd.validateReshard" -}}
+{{- $serves := lookup "apps/v1" "StatefulSet" .Release.Namespace (printf "%s-attention" (include "afd.name" .)) }}
+{{- $kind := ternary "LeaderWorkerSet" "StatefulSet" .Values.ffn.leaderWorkerSet }}
+{{- $api := ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" .Values.ffn.leaderWorkerSet }}
+{{- $name := printf "%s-ffn%s-of-%d" (include "afd.name" .) (ternary "" "-0" .Values.ffn.leaderWorkerSet) (int .Values.ffn.shards) }}
+{{- if and $serves (not (lookup $api $kind .Release.Namespace $name)) }}
+{{- fail (printf "there is no %s %s, and the mesh serves: other shards come up through ffn.nextShards first (the chart's README, Other shards), and ffn.leaderWorkerSet is chosen once, at the installation" $kind $name) }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,164 @@
+"""Makes what can be made of the chart: values.schema.json, of values.yaml and the settings of afd/config.py, and the
+table of values in the chart's README, of the comments in values.yaml.
+
+    python -m k8s.generate
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from afd.config import SETTINGS_OF, DtypeName, ServiceSettings
+
+CHART = Path(__file__).resolve().parent / "afd"
+BEGIN, END = "<!-- made by python -m k8s.generate -->\n", "<!-- end -->\n"
+
+# Settings that the chart, or the image, sets: no value may say otherwise.
+DECIDED = {
+    "model", "redis", "redis_ca", "mesh", "replica_id", "host", "advertise_host", "advertise_port", "grpc_port",
+    "metrics_port", "health_port", "http_port", "tls", "public_tls", "insecure", "startup_timeout_s",
+    "drain_timeout_s", "dtype", "device", "ffn_shards", "shard", "served_model_name", "require_api_key",
+}  # fmt: skip
+
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_FREE = {"type": "object"}  # as Kubernetes has it, which knows itself what is wrong
+_QUANTITIES = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+_SECONDS = {"type": "integer", "minimum": 1, "maximum": 86400}
+_KEPT_LABELS = r"^(app\.kubernetes\.io/(name|instance|component)|afd/.*)$"
+_ISSUER = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "kind": {"enum": ["Issuer", "ClusterIssuer"]},
+        "group": {"type": "string"},
+    },
+    "dependentRequired": {"kind": ["name"], "group": ["name"]},
+}
+_EXTRA_ENV = {
+    "type": "array",
+    "items": {"type": "object", "required": ["name"], "properties": {"name": {"not": {"pattern": "^AFD_"}}}},
+}
+
+# By path or last name: what the default alone does not tell.
+_SHAPES: dict[str, Any] = {
+    "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+    "image.registry": {"type": "string", "pattern": "^(.*/)?$"},
+    "image.pullSecrets": {"type": "array", "items": {"type": "string"}},
+    "model.dtype": {"enum": list(get_args(DtypeName))},
+    "startupSeconds": _SECONDS,
+    "drainSeconds": _SECONDS,
+    "tls.certManager.issuer": _ISSUER,
+    "tls.certManager.publicNames": {"type": "array", "items": {"type": "string"}},
+    "telemetry.otlpEndpoint": {"type": "string", "pattern": "^(https?://.*)?$"},
+    "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+    "gateway.service.annotations": _TEXTS,
+    "gateway.autoscaling.targetCPU": {"type": "integer", "minimum": 1},
+    "attention.autoscaling.kvUse": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "gpu.count": {"type": "integer", "minimum": 0, "maximum": 1},
+    "redis.password": {"type": "string", "pattern": "^([A-Za-z0-9_-]{8,})?$"},
+    "monitoring.labels": _TEXTS,
+    "requests": _QUANTITIES,
+    "limits": _QUANTITIES,
+    "nodeSelector": _TEXTS,
+    "affinity": _FREE,
+    "tolerations": {"type": "array", "items": _FREE},
+    "clients": {"type": "array", "items": _FREE},
+    "metrics": {"type": "array", "items": _FREE},
+    "podLabels": {**_TEXTS, "propertyNames": {"not": {"pattern": _KEPT_LABELS}}},
+    "podAnnotations": _TEXTS,
+    "extraEnv": _EXTRA_ENV,
+}
+
+
+def schema() -> dict[str, Any]:
+    """Of values.yaml: its keys and no others, at every depth."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    made = _shape(values, ())
+    made["properties"]["global"] = _FREE  # Helm's own, where this chart is part of another one
+    settings = {"all": ServiceSettings, **SETTINGS_OF}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **made,
+        "$defs": {name: _settings_schema(kind) for name, kind in settings.items()},
+    }
+
+
+def _shape(default: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    if path and path[-1] == "settings":
+        return {"$ref": f"#/$defs/{path[0] if len(path) > 1 else 'all'}"}
+    for name in (".".join(path), ".".join(path[-2:]), path[-1] if path else ""):
+        if name in _SHAPES:
+            return dict(_SHAPES[name])
+    match default:
+        case bool():
+            return {"type": "boolean"}
+        case int():
+            return {"type": "integer", "minimum": 0}
+        case str():
+            return {"type": "string"}
+        case dict() if default:
+            keys = {key: _shape(value, (*path, key)) for key, value in default.items()}
+            return {"type": "object", "additionalProperties": False, "properties": keys}
+    raise ValueError(f"the shape of {'.'.join(path)} is not known: add it to _SHAPES")
+
+
+def _settings_schema(kind: type[ServiceSettings]) -> dict[str, Any]:
+    found = kind.model_json_schema()["properties"]
+    keys = {name: _setting_schema(name, found[name]) for name in sorted(found.keys() - DECIDED)}
+    return {"type": "object", "additionalProperties": False, "properties": keys}
+
+
+def _setting_schema(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """As pydantic has it, without what a value cannot be: none."""
+    if name == "cpus":
+        return {"type": ["string", "integer"], "description": found["description"]}
+    kept = {key: value for key, value in found.items() if key not in ("default", "title", "format")}
+    choices = [choice for choice in kept.pop("anyOf", []) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        kept = {**choices[0], **kept}
+    elif choices:
+        kept["anyOf"] = choices
+    return {key: value for key, value in kept.items() if key != "format"}
+
+
+def table(values_text: str) -> str:
+    """Markdown, a row for each line of values.yaml that has a value."""
+    rows = ["| value | default | |", "|---|---|---|"]
+    rows += [f"| `{path}` | `{default}` | {text} |" for path, default, text in rows_of(values_text)]
+    return "\n".join(rows) + "\n"
+
+
+def rows_of(values_text: str) -> Iterator[tuple[str, str, str]]:
+    """Path, default and comment of each value."""
+    parents: list[str] = []
+    for line in values_text.splitlines():
+        found = re.fullmatch(r"( *)([\w]+):(?: (.*?))?(?:  # (.*))?", line)
+        if found is None:
+            continue
+        depth = len(found[1]) // 2
+        parents[depth:] = [found[2]]
+        if found[3]:
+            yield ".".join(parents), found[3], found[4] or ""
+
+
+def with_table(readme: str, values_text: str) -> str:
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{table(values_text)}{END}{after}"
+
+
+def main() -> None:
+    (CHART / "values.schema.json").write_text(json.dumps(schema(), indent=2) + "\n")
+    readme = CHART / "README.md"
+    readme.write_text(with_table(readme.read_text(), (CHART / "values.yaml").read_text()))
+
+
+if __name__ == "__main__":
+    main()
