@@ -211,8 +211,8 @@ def layout(
 ) -> None:
     """Tells into how many shards the FFN of a mesh is split; or has it split into others, which must run already.
 
-    For a mesh whose processes Kubernetes or something else runs; `afd scale` does it for one of `afd up`. Its requests go
-    on, and the shards of before are not needed any more.
+    For a mesh whose processes Kubernetes or something else runs; `afd scale` does it for one of `afd up`. Its requests
+    go on, and the shards of before are not needed any more.
     """
     from afd.layout import show_or_change
 

@@ -82,7 +82,7 @@ def schema() -> dict[str, Any]:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     made = _shape(values, ())
     made["properties"]["global"] = _FREE  # Helm's own, where this chart is part of another one
-    settings = {"all": ServiceSettings, **SETTINGS_OF}
+    settings: dict[str, type[ServiceSettings]] = {"all": ServiceSettings, **SETTINGS_OF}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **made,

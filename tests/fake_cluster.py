@@ -1,4 +1,4 @@
-"""As much of a Kubernetes API as Helm looks at before it installs: which kinds there are, and objects that are there."""
+"""As much of a Kubernetes API as Helm looks at before it installs: kinds, and objects that are there."""
 
 from __future__ import annotations
 

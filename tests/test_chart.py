@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -206,7 +205,8 @@ def test_nothing_is_left_empty(rendered: Rendered) -> None:
     def holes(value: object, path: str) -> Iterator[str]:
         if value is None:
             yield path
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        parts = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+        for key, each in parts:
             yield from holes(each, f"{path}.{key}")
 
     assert [hole for each in rendered.objects for hole in holes(each, each["metadata"]["name"])] == []
@@ -320,10 +320,9 @@ def test_services_lead_to_ports_that_are_there(rendered: Rendered) -> None:
             if matches(service["spec"]["selector"], workload.labels):
                 for port in service["spec"]["ports"]:
                     assert workload.ports[port["targetPort"]] == port["port"]
-    ports = {each["metadata"]["name"]: [port["name"] for port in each["spec"]["ports"]] for each in rendered.of("Service")}
-    assert ports["mesh-afd-gateway"] == ["http", "grpc"]
-    headless = {each["metadata"]["name"] for each in rendered.of("Service") if each["spec"].get("clusterIP") == "None"}
-    assert ports.keys() - headless == {"mesh-afd-gateway"}, "a name with one address is for clients; others balance"
+    (balanced,) = [each for each in rendered.of("Service") if each["spec"].get("clusterIP") != "None"]
+    assert balanced["metadata"]["name"] == "mesh-afd-gateway", "gRPC would stay with one pod of the others"
+    assert [port["name"] for port in balanced["spec"]["ports"]] == ["http", "grpc"]
 
 
 def test_volumes_and_mounts_belong_together(rendered: Rendered) -> None:
@@ -505,7 +504,7 @@ def test_resharding_restarts_no_attention_replica() -> None:
 
 
 def edges(rendered: Rendered) -> set[tuple[str, str, str]]:
-    """Caller, called, and port, of all pods of the release that the policies let through; "*" is anybody, or any port."""
+    """Caller, called, and port, of all that the policies let through; "*" is anybody, or any port."""
     policies, found = rendered.of("NetworkPolicy"), set()
     for called in rendered.workloads:
         selecting = [each for each in policies if matches(each["spec"]["podSelector"]["matchLabels"], called.labels)]
@@ -551,7 +550,9 @@ def test_the_network_lets_through_what_the_architecture_has(rendered: Rendered) 
 
 
 def test_certificates_are_for_the_names_that_the_services_ask_for(rendered: Rendered) -> None:
-    certificates = {each["metadata"]["name"].removeprefix("mesh-afd-"): each["spec"] for each in rendered.of("Certificate")}
+    certificates = {
+        each["metadata"]["name"].removeprefix("mesh-afd-"): each["spec"] for each in rendered.of("Certificate")
+    }
     issuer = rendered.values["tls"]["certManager"]["issuer"]
     assert set(certificates) == ({*ROLES, "public"} if issuer else set())
     for role in ROLES if issuer else ():
@@ -614,7 +615,8 @@ def test_an_upgrade_keeps_the_password_of_redis(tmp_path: Path) -> None:
     with fake_cluster(tmp_path) as cluster:
         cluster.add_secret("mesh-afd-redis", password="of-before")
         assert "redis://afd:of-before@mesh-afd-redis:6379/0" in install(LEAST, cluster.kubeconfig)
-        assert "redis://afd:of-before@" not in install({**LEAST, "redis": {"password": "new-one-1"}}, cluster.kubeconfig)
+        given = {**LEAST, "redis": {"password": "another-1"}}
+        assert "redis://afd:another-1@mesh-afd-redis:6379/0" in install(given, cluster.kubeconfig)
 
 
 def test_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_path: Path) -> None:
@@ -625,7 +627,9 @@ def test_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_path: Path) -
         cluster.add("StatefulSet", "mesh-afd-ffn-0-of-2")
         install({**LEAST, "ffn": {"shards": 2}}, cluster.kubeconfig)
         install({**LEAST, "ffn": {"shards": 2, "nextShards": 3}}, cluster.kubeconfig)
-        with pytest.raises(helm_python.HelmError, match="there is no StatefulSet mesh-afd-ffn-0-of-3, and the mesh serves"):
+        with pytest.raises(
+            helm_python.HelmError, match="there is no StatefulSet mesh-afd-ffn-0-of-3, and the mesh serves"
+        ):
             install(three, cluster.kubeconfig)
         cluster.add("StatefulSet", "mesh-afd-ffn-0-of-3")
         install(three, cluster.kubeconfig)
@@ -877,10 +881,12 @@ def test_every_setting_is_a_value_or_decided_by_the_chart() -> None:
 
 def test_the_documentation_names_values_and_files_that_there_are() -> None:
     paths = {path for path, *_ in generate.rows_of((CHART / "values.yaml").read_text())}
-    sections = {path.rpartition(".")[0] for path in paths}
-    for file in (CHART / "README.md", ROOT / "docs" / "kubernetes.md"):
+    known = paths | {path.rpartition(".")[0] for path in paths} | {"tls.certManager.issuer.name"}
+    named = re.compile(r"(?:--set |`|,)((?:gateway|attention|ffn|tls|redis|model|rail|image|monitoring)\.[\w.]+)")
+    for file in (CHART / "README.md", ROOT / "docs" / "kubernetes.md", CHART / "templates" / "NOTES.txt"):
         text = file.read_text()
-        for name in re.findall(r"(?:--set |`)((?:gateway|attention|ffn|tls|redis|model|rail|monitoring)\.[\w.]+)", text):
-            assert name.strip(string.punctuation) in paths | sections, name
+        for name in named.findall(text):
+            role, _, setting = name.partition(".settings.")
+            assert name in known or setting in SETTINGS_OF[role].model_fields, name
         for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
             assert (file.parent / link).exists(), link
