@@ -39,7 +39,7 @@ _ISSUER = {
         "kind": {"enum": ["Issuer", "ClusterIssuer"]},
         "group": {"type": "string"},
     },
-    "dependentRequired": {"kind": ["name"], "group": ["name"]},
+    "dependencies": {"kind": ["name"], "group": ["name"]},
 }
 _EXTRA_ENV = {
     "type": "array",
@@ -84,15 +84,15 @@ def schema() -> dict[str, Any]:
     made["properties"]["global"] = _FREE  # Helm's own, where this chart is part of another one
     settings: dict[str, type[ServiceSettings]] = {"all": ServiceSettings, **SETTINGS_OF}
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",
         **made,
-        "$defs": {name: _settings_schema(kind) for name, kind in settings.items()},
+        "definitions": {name: _settings_schema(kind) for name, kind in settings.items()},
     }
 
 
 def _shape(default: Any, path: tuple[str, ...]) -> dict[str, Any]:
     if path and path[-1] == "settings":
-        return {"$ref": f"#/$defs/{path[0] if len(path) > 1 else 'all'}"}
+        return {"$ref": f"#/definitions/{path[0] if len(path) > 1 else 'all'}"}
     for name in (".".join(path), ".".join(path[-2:]), path[-1] if path else ""):
         if name in _SHAPES:
             return dict(_SHAPES[name])

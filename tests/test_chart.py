@@ -816,7 +816,7 @@ def test_compose_and_the_chart_set_the_same_settings() -> None:
 @pytest.mark.parametrize("path", ONLY_COMPOSE.values())
 def test_what_only_compose_sets_is_a_value_of_the_chart(path: str) -> None:
     *parents, name = path.split(".")
-    properties = generate.schema()["$defs"][parents[0] if len(parents) > 1 else "all"]["properties"]
+    properties = generate.schema()["definitions"][parents[0] if len(parents) > 1 else "all"]["properties"]
     assert name in properties
 
 
@@ -875,7 +875,7 @@ def test_the_table_has_every_value() -> None:
 def test_every_setting_is_a_value_or_decided_by_the_chart() -> None:
     settings = {name for kind in SETTINGS_OF.values() for name in kind.model_fields}
     assert settings >= generate.DECIDED
-    allowed = {name for each in generate.schema()["$defs"].values() for name in each["properties"]}
+    allowed = {name for each in generate.schema()["definitions"].values() for name in each["properties"]}
     assert allowed == settings - generate.DECIDED
 
 
