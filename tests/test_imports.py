@@ -115,7 +115,7 @@ def test_only_those_who_talk_to_others_know_grpc() -> None:
         "afd.client",
         "afd.v1",
     )
-    parts = ("servicer", "balancer", "calls", "generation", "__main__")
+    parts = ("servicer", "balancer", "calls", "generation", "topology", "__main__")
     faces = [f"services.{service}.{part}" for service in SERVICES for part in parts]
     for name in ("grpc", "grpc_health", "grpc_reflection"):
         assert {module for module in importers(name, sources()) if not within(module, *talkers, *faces)} == set()
