@@ -56,7 +56,7 @@ def test_an_observer_has_no_rights_and_is_reached_from_this_machine_only(name: s
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert re.fullmatch(r"[1-9]\d*:\d+", service["user"])
-    assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+", service["image"])
+    assert re.fullmatch(r"(\${\w+:-)?[\w/-]+:v?\d+\.\d+\.\d+}?", service["image"])
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
 
 

@@ -136,9 +136,7 @@ def test_rates_are_per_second_and_not_of_moments() -> None:
 
 def step(start_ns: int, end_ns: int, *crossings: Crossing) -> StepTimeline:
     waits = [Interval("receive", each.layer_idx, each.slot, each.arrived_ns - 1, each.arrived_ns) for each in crossings]
-    return StepTimeline(
-        start_ns, end_ns, [Interval("attention", 0, 0, start_ns, start_ns + 1), *waits], list(crossings)
-    )
+    return StepTimeline(start_ns, end_ns, waits, list(crossings))
 
 
 def test_a_recent_step_has_what_was_away_at_its_end() -> None:
@@ -151,20 +149,19 @@ def test_a_recent_step_has_what_was_away_at_its_end() -> None:
     assert found is not None
     assert found.timeline.end_ns == 100
     assert found.crossings == [own]
-    assert [(each.part, each.layer_idx, each.slot) for each in found.intervals] == [
-        ("attention", 0, 0),
-        ("receive", 3, 1),
-    ]
+    assert [(each.layer_idx, each.slot) for each in found.intervals] == [(3, 1)]
 
 
 def test_a_step_that_was_abandoned_is_not_shown() -> None:
     recent = RecentSteps()
-    for timeline in (step(0, 100), step(100, 200), StepTimeline(200, 900, [Interval("schedule", -1, -1, 200, 300)])):
-        recent.note(timeline, [])
+    recent.note(step(0, 100), [])
+    recent.note(step(100, 200), [])
+    recent.interrupt()
+    recent.note(step(900, 950), [])
     for slowest in (True, False):
         found = recent.find(slowest)
         assert found is not None
-        assert found.timeline.end_ns == 200
+        assert found.timeline.end_ns == 100
 
 
 def test_the_slowest_step_is_kept_until_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:

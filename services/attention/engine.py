@@ -224,7 +224,7 @@ class Engine:
                     return False
         self._land(batch, computed)
         if slot == self._leader:
-            self._end_step()
+            self._end_step(computed)
         return True
 
     def _land(self, batch: Microbatch, computed: bool) -> None:
@@ -261,11 +261,14 @@ class Engine:
         self._landed = []
         self._num_microbatches = self.pipeline.choose(len(self.scheduler.running) + len(self.scheduler.waiting))
 
-    def _end_step(self) -> None:
+    def _end_step(self, computed: bool) -> None:
         step = self.timeline.end(self.decoder.ffn.take_crossings())
         self.counters.add_step(step)
         self.tracer.end(step, self._landed)
-        self.recent.note(step, self._landed)
+        if computed:
+            self.recent.note(step, self._landed)
+        else:
+            self.recent.interrupt()
         if all(chunk.num_tokens == 1 for chunk in self._landed):
             self.pipeline.observe(step.duration_ns / len(self._landed))
         self._begin_step()

@@ -50,16 +50,17 @@ class RecentSteps:
         self.slowest: RecentStep | None = None
 
     def note(self, timeline: StepTimeline, chunks: Sequence[Chunk]) -> None:
-        """A step has ended, and with it what is known of the one before."""
+        """A step has ended, and all is known of the one before."""
         if self._newest is not None:
             self.last = _followed(self._newest, timeline)
             if self.slowest is None or _is_surpassed(self.slowest.timeline, self.last.timeline):
                 self.slowest = self.last
-        if not any(interval.part == "attention" for interval in timeline.intervals):
-            self._newest = None  # it was abandoned
-            return
         num_sequences = len({id(chunk.sequence) for chunk in chunks})
         self._newest = RecentStep(timeline, num_sequences, sum(chunk.num_tokens for chunk in chunks))
+
+    def interrupt(self) -> None:
+        """A step came to nothing."""
+        self._newest = None
 
     def find(self, slowest: bool) -> RecentStep | None:
         """The step before the newest is the last one that is known whole, if there were two."""
