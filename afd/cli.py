@@ -292,7 +292,8 @@ def top(
     async def run() -> None:
         async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
             if once:
-                console.print(picture(await client.get_mesh()))
+                lines = console if console.is_terminal else Console(width=keys.PIPE_WIDTH)
+                lines.print(picture(await client.get_mesh()))
                 return
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:

@@ -20,7 +20,7 @@ from afd.state.connection import connect
 app = typer.Typer(no_args_is_help=True, help="API keys of the gateways that share a Redis.")
 console = Console()
 notes = Console(stderr=True)
-_PIPE_WIDTH = 240  # columns, for whoever reads on
+PIPE_WIDTH = 240  # columns, for whoever reads on
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def list_keys(redis: RedisUrl, redis_ca: RedisCa = None) -> None:
         limits = ("-" if limit is None else str(limit) for limit in dataclasses.astuple(key.limits))
         operator = "yes" if key.is_operator else "-"
         table.add_row(key.key_id, key.name, f"{created:%Y-%m-%d}", *limits, operator, str(tokens))
-    lines = console if console.is_terminal else Console(width=_PIPE_WIDTH)
+    lines = console if console.is_terminal else Console(width=PIPE_WIDTH)
     lines.print(table)
 
 

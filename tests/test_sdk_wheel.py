@@ -127,6 +127,12 @@ def test_wheel_alone_asks_a_mesh_with_and_without_asyncio(
         model.check_greedy([5, 6, 7], [token_id for token_id, _ in tokens], [logprob for _, logprob in tokens])
 
 
+def test_the_command_of_the_wheel_says_what_it_needs(python: Path, tmp_path: Path) -> None:
+    done = run(python.parent / "afd", "generate", "The sky is", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("afd: the command line needs typer, which is not installed: pip install 'afd[cli]'")
+
+
 def test_program_that_uses_the_wheel_is_typed_strictly(python: Path, tmp_path: Path) -> None:
     assert type_errors(python, RIGHT, tmp_path) == []
 
