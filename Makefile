@@ -9,9 +9,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
 # make up TLS=1 GPU=1 PROFILES="observability two-gateways"
-COMPOSE_OPTIONS := --file compose.yaml $(if $(TLS),--file compose.tls.yaml) $(if $(GPU),--file compose.gpu.yaml) \
-	$(addprefix --profile ,$(PROFILES))
-COMPOSE := docker compose $(COMPOSE_OPTIONS)
+COMPOSE := docker compose --file compose.yaml $(if $(TLS),--file compose.tls.yaml) \
+	$(if $(GPU),--file compose.gpu.yaml) $(addprefix --profile ,$(PROFILES))
+WAIT_S ?= 180
 ifneq ($(filter observability,$(PROFILES)),)
 export OTEL_EXPORTER_OTLP_ENDPOINT ?= http://otel-collector:4317
 endif
@@ -39,12 +39,17 @@ images:  ## build the images of the three services
 	$(COMPOSE) build
 
 up:  ## the mesh in containers (compose.yaml), and a question to it; TLS=1, GPU=1, PROFILES=observability
-	$(COMPOSE) up --detach --wait
-	@$(COMPOSE) exec -T gateway afd chat $(if $(TLS),--ca /etc/afd/tls/ca.crt) <<<"What is 12 + 68?"
+	@$(COMPOSE) up --detach --wait --wait-timeout $(WAIT_S) || { $(COMPOSE) logs --no-log-prefix --tail 3; \
+		echo "not all came up within $(WAIT_S) s (WAIT_S): above are the last words of each"; exit 1; }
+	@if [ "$$($(COMPOSE) exec -T gateway printenv AFD_REQUIRE_API_KEY)" = 1 ]; then \
+		echo "for a key: docker compose exec gateway afd keys create NAME"; \
+	else \
+		$(COMPOSE) exec -T gateway afd chat $(if $(TLS),--ca /etc/afd/tls/ca.crt) <<<"What is 12 + 68?"; \
+	fi
 	@echo "gRPC on localhost:$${GRPC_PORT:-50051}, OpenAI API on http$(if $(TLS),s)://localhost:$${HTTP_PORT:-8000}/v1; make down ends it"
 
 upgrade:  ## replace its containers one by one by those of newer images, while it serves
-	compose/upgrade $(COMPOSE_OPTIONS)
+	compose/upgrade
 
 down:  ## stop it; what is in its volumes stays
 	$(COMPOSE) --profile '*' down

@@ -293,11 +293,11 @@ def top(
         async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
             if once:
                 lines = console if console.is_terminal else Console(width=keys.PIPE_WIDTH)
-                lines.print(picture(await client.get_mesh()))
+                lines.print(picture(await client.get_mesh(), lines.width))
                 return
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
-                    live.update(picture(await client.get_mesh()), refresh=True)
+                    live.update(picture(await client.get_mesh(), console.width), refresh=True)
                     await asyncio.sleep(_TOP_EVERY_S)
 
     with contextlib.suppress(KeyboardInterrupt):

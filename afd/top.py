@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,13 +13,17 @@ from afd.client import Replica
 
 _ROLES = ("gateway", "attention", "ffn")
 _NEARLY_FULL = 0.9
+_WIDE = 110  # columns
 _WIDTH = 10  # of a bar, characters
 
+Bar = Callable[[float, float], Text]  # of a part and the whole
 
-def picture(replicas: Sequence[Replica]) -> RenderableType:
-    """A table for each role, under the sums."""
+
+def picture(replicas: Sequence[Replica], width: int) -> RenderableType:
+    """A table for each role, under the sums; with bars where they fit, in so many columns."""
     gateways, attention, ffn = ([each for each in replicas if each.role == role] for role in _ROLES)
-    return Group(_sums(attention), "", _gateways(gateways), "", _attention(attention), "", _ffn(ffn))
+    bar = _bar if width >= _WIDE else _percent
+    return Group(_sums(attention), "", _gateways(gateways), "", _attention(attention, bar), "", _ffn(ffn, bar))
 
 
 def _sums(attention: Sequence[Replica]) -> Text:
@@ -38,25 +42,25 @@ def _gateways(replicas: Sequence[Replica]) -> Table:
     return table
 
 
-def _attention(replicas: Sequence[Replica]) -> Table:
-    table = _table("attention", "sequences", "KV blocks", "tokens/s", "step", "waits for FFN", "handoff", "over")
+def _attention(replicas: Sequence[Replica], bar: Bar) -> Table:
+    table = _table("attention", "sequences", "KV use", "tokens/s", "step", "waiting", "handoff", "over")
     for replica in replicas:
         load, capacity, rates = replica.load, replica.capacity, replica.rates
         table.add_row(
             replica.replica_id if replica.is_ready else f"{replica.replica_id} (FFN incomplete)",
             f"{load.get('sequences', 0)} of {capacity.get('sequences', 0)}",
-            _bar(load.get("kv_blocks", 0), capacity.get("kv_blocks", 0)),
+            bar(load.get("kv_blocks", 0), capacity.get("kv_blocks", 0)),
             f"{rates.get('generated_tokens', 0.0):.0f}",
             _milliseconds(rates.get("step_seconds", 0.0), rates.get("steps", 0.0)),
-            _bar(rates.get("attention_bubble_seconds", 0.0), rates.get("step_seconds", 0.0)),
+            bar(rates.get("attention_bubble_seconds", 0.0), rates.get("step_seconds", 0.0)),
             _milliseconds(rates.get("handoff_seconds", 0.0), rates.get("handoffs", 0.0)),
             _over(replica),
         )
     return table
 
 
-def _ffn(replicas: Sequence[Replica]) -> Table:
-    table = _table("ffn", "shard", "waiting frames", "batches/s", "rows a batch", "computes")
+def _ffn(replicas: Sequence[Replica], bar: Bar) -> Table:
+    table = _table("ffn", "shard", "queue", "batches/s", "rows a batch", "computes")
     for replica in sorted(replicas, key=lambda replica: (replica.shard or (0, 0), replica.replica_id)):
         rates, (shard, num_shards) = replica.rates, replica.shard or (0, 1)
         batches = rates.get("ffn_batches", 0.0)
@@ -66,7 +70,7 @@ def _ffn(replicas: Sequence[Replica]) -> Table:
             str(replica.load.get("frames", 0)),
             f"{batches:.0f}",
             f"{rates.get('ffn_tokens', 0.0) / batches:.1f}" if batches else "-",
-            _bar(rates.get("ffn_compute_seconds", 0.0), 1.0),
+            bar(rates.get("ffn_compute_seconds", 0.0), 1.0),
         )
     return table
 
@@ -86,6 +90,10 @@ def _over(replica: Replica) -> str:
 
 def _milliseconds(seconds: float, number: float) -> str:
     return f"{1e3 * seconds / number:.2f} ms" if number else "-"
+
+
+def _percent(part: float, whole: float) -> Text:
+    return Text(f"{part / whole if whole else 0.0:.0%}")
 
 
 def _bar(part: float, whole: float) -> Text:

@@ -33,17 +33,17 @@ def mesh(fork_server: ForkServer) -> Iterator[Mesh]:
 
 
 @pytest.fixture(scope="module")
-def mesh_with_keys(fork_server: ForkServer) -> Iterator[tuple[Mesh, str]]:
-    """A mesh that wants a key, and an operator's."""
+def mesh_with_keys(fork_server: ForkServer) -> Iterator[tuple[Mesh, list[str]]]:
+    """A mesh that wants a key, and an operator's and another one."""
 
-    async def key(url: str) -> str:
+    async def keys(url: str) -> list[str]:
         async with connect(url) as redis:
-            return await ApiKeys(redis).create("operator", Limits(), is_operator=True)
+            return [await ApiKeys(redis).create("name", Limits(), is_operator) for is_operator in (True, False)]
 
     with embedded_redis() as redis:
         options = MeshOptions(NANO, ffn=0, redis=redis, settings={"require_api_key": "1"})
         with running_mesh(options, fork_server) as mesh:
-            yield mesh, asyncio.run(key(redis))
+            yield mesh, asyncio.run(keys(redis))
 
 
 @pytest.fixture
@@ -94,11 +94,22 @@ def test_a_gateway_that_is_gone_is_a_sentence(mesh: Mesh, page: Any) -> None:
     playwright.expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_the_console_asks_for_an_operators_key(mesh_with_keys: tuple[Mesh, str], page: Any) -> None:
-    mesh, key = mesh_with_keys
+def test_the_console_asks_for_an_operators_key(mesh_with_keys: tuple[Mesh, list[str]], page: Any) -> None:
+    mesh, (key, _) = mesh_with_keys
     page.goto(f"{mesh.http_url}/console")
     playwright.expect(page.locator("#problem")).to_contain_text("the API key is missing")
     page.fill("#key-value", key)
     page.press("#key-value", "Enter")
     playwright.expect(page.locator("#mesh g")).to_have_count(2)
     playwright.expect(page.locator("#key")).to_be_hidden()
+
+
+def test_with_another_key_one_may_chat(mesh_with_keys: tuple[Mesh, list[str]], page: Any) -> None:
+    mesh, (_, key) = mesh_with_keys
+    page.goto(f"{mesh.http_url}/console")
+    page.fill("#key-value", key)
+    page.press("#key-value", "Enter")
+    playwright.expect(page.locator("#problem")).to_contain_text("this API key is not an operator's")
+    page.fill("#question", "What is 12 + 68?")
+    page.press("#question", "Enter")
+    playwright.expect(page.locator("#messages .assistant")).to_have_text("80")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 import urllib.error
 import urllib.parse
@@ -27,6 +28,7 @@ from services.attention.timeline import Interval, StepTimeline
 from tests.conftest import Model, StartMesh, embedded_redis
 
 LEASE_S = 1.0  # rates are as fresh as that
+BUSY = {"gateway": ["output_tokens"], "attention": ["generated_tokens", "handoffs"], "ffn": ["ffn_compute_seconds"]}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ async def seen_under_load(mesh: Mesh) -> list[Replica]:
             for stream in streams:
                 await anext(stream)
             replicas = await client.get_mesh()
-            if all(replica.rates.get("generated_tokens") for replica in of(replicas, "attention")):
+            busy = [name in each.rates and each.rates[name] > 0 for each in replicas for name in BUSY[each.role]]
+            if all(busy):
                 return replicas
             await asyncio.sleep(0.1)
     raise AssertionError(replicas)
@@ -70,12 +73,18 @@ def test_the_mesh_is_seen_with_its_load_its_rates_and_its_transports(mesh: Mesh)
 
 
 def test_top_shows_every_replica_and_what_it_does(mesh: Mesh) -> None:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(picture(asyncio.run(seen_under_load(mesh))))
-    shown = console.export_text()
+    replicas = asyncio.run(seen_under_load(mesh))
+    shown = [drawn(replicas, width) for width in (80, 120)]
+    assert ["█" in text for text in shown] == [False, True]
     for name in ("gateway-0", "attention-0", "attention-1", "ffn-0", "ffn-1", "shm x2", "0/2", "1/2", "attention-0: 1"):
-        assert name in shown
-    assert max(map(len, shown.splitlines())) <= 120
+        assert all(name in text for text in shown)
+    assert all("…" not in text for text in shown), "nothing is cut off"
+
+
+def drawn(replicas: list[Replica], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(picture(replicas, width))
+    return console.export_text()
 
 
 def get(mesh: Mesh, path: str) -> tuple[int, str]:

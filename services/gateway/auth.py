@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _REMEMBERED_S = 3.0  # a revoked key is refused after so long at the latest
 _SETTLE_S = 1.0
+_NO_KEY = "the API key is missing: send it as `Authorization: Bearer afd-...` (SDK: api_key; command line: AFD_API_KEY)"
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Gatekeeper:
             return Caller()
         if parts is None:
             metrics.REFUSED.labels(Unauthenticated.__name__).inc()
-            problem = "is not one of this mesh" if key else "is missing"
-            raise Unauthenticated(f"the API key {problem}: send it as `Authorization: Bearer afd-...`")
+            raise Unauthenticated("the API key is not one of this mesh" if key else _NO_KEY)
         key_id, secret = parts
         if not is_valid(secret, await self._find(key_id)):
             metrics.REFUSED.labels(Unauthenticated.__name__).inc()

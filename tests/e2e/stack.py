@@ -17,6 +17,7 @@ from tests.redis_servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "afd-e2e"
+PROJECT_OPTIONS = ("--project-name", PROJECT, "--project-directory", str(ROOT))
 _UP_TIMEOUT_S = 120
 _BUILD_TIMEOUT_S = 1800
 _UPGRADE_TIMEOUT_S = 400
@@ -51,22 +52,17 @@ class Stack:
             **self.variables,
         }
 
-    @property
-    def options(self) -> list[str]:
-        """Of docker compose."""
-        options = ["--project-name", PROJECT, "--project-directory", str(ROOT)]
-        options += [word for name in self.files for word in ("--file", str(ROOT / name))]
-        return options + [word for name in self.profiles for word in ("--profile", name)]
-
     def compose(self, *arguments: str, timeout_s: float = _UP_TIMEOUT_S) -> None:
-        self._run("docker", "compose", *self.options, *arguments, timeout_s=timeout_s)
+        options = [*PROJECT_OPTIONS, *(word for name in self.files for word in ("--file", str(ROOT / name)))]
+        options += [word for name in self.profiles for word in ("--profile", name)]
+        self._run("docker", "compose", *options, *arguments, timeout_s=timeout_s)
 
     def build(self) -> None:
         self.compose("build", timeout_s=_BUILD_TIMEOUT_S)
 
     def upgrade(self) -> None:
         """As `make upgrade`."""
-        self._run(str(ROOT / "compose" / "upgrade"), *self.options, timeout_s=_UPGRADE_TIMEOUT_S)
+        self._run(str(ROOT / "compose" / "upgrade"), *PROJECT_OPTIONS, timeout_s=_UPGRADE_TIMEOUT_S)
 
     def up(self, *services: str) -> None:
         """Starts what is not there, or is another one by now, and waits until all of it is ready."""
@@ -101,7 +97,7 @@ class Stack:
 
     def _run(self, *command: str, timeout_s: float) -> None:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}\n{self._last_words()}"
 

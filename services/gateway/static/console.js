@@ -31,6 +31,7 @@ async function refresh() {
   } catch (error) {
     showProblem(error instanceof TypeError ? "the gateway does not answer" : error.message);
     byId("key").hidden = error.status !== 401 && error.status !== 403;
+    byId("no-step").textContent = "";
   } finally {
     setTimeout(refresh, EVERY_MS);
   }
@@ -221,7 +222,8 @@ async function ask(question) {
 }
 
 async function* chatChunks(messages) {
-  const body = JSON.stringify({ model: state.model, messages, stream: true, max_tokens: 512 });
+  state.model ||= (await (await get("/v1/models")).json()).data[0].id;  // one who may not see the mesh may ask
+  const body = JSON.stringify({ model: state.model, messages, stream: true });
   const answer = await fetch("/v1/chat/completions", { method: "POST", headers: { ...headers(), "Content-Type": "application/json" }, body });
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   for await (const data of events(answer.body)) {
