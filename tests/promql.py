@@ -21,7 +21,7 @@ DASHBOARDS = sorted((ROOT / "k8s" / "afd" / "dashboards").glob("*.json"))
 ALERTS = ROOT / "k8s" / "afd" / "alerts.yaml"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool (Debian: prometheus)")
 
-_OF_PROMETHEUS = {"job", "instance"}  # labels that it adds
+_OF_PROMETHEUS = {"mesh", "job", "instance"}  # labels that it adds
 _AGGREGATION = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 _KEYWORDS = {"and", "or", "unless", "bool", "offset"}

@@ -84,6 +84,13 @@ def test_prometheus_looks_for_every_service_where_its_metrics_are() -> None:
         assert "AFD_METRICS_PORT=9090" in (promql.ROOT / "services" / role / "Dockerfile").read_text()
 
 
+def test_every_job_names_the_mesh_that_the_services_have_joined() -> None:
+    services = compose()["services"]
+    (mesh,) = {each["environment"]["AFD_MESH"] for each in services.values() if "AFD_MESH" in each.get("environment", {})}
+    for job in prometheus_config()["scrape_configs"]:
+        assert job["relabel_configs"] == [{"target_label": "mesh", "replacement": mesh}]
+
+
 def test_the_observers_find_one_another() -> None:
     collector = yaml.safe_load((COMPOSE / "otel-collector.yaml").read_text())
     datasources = yaml.safe_load((COMPOSE / "grafana" / "datasources.yaml").read_text())["datasources"]
@@ -175,7 +182,7 @@ def test_a_real_prometheus_has_data_for_every_panel_and_leads_to_traces(
 ) -> None:
     settings = {"trace_sample": 1, "trace_file": tmp_path / "spans.jsonl", "step_slo_ms": 1000}
     with start_mesh(make_model(4).path, 2, 2, **settings) as mesh, running_prometheus(mesh, tmp_path) as prometheus:
-        prometheus.until(lambda: len(prometheus.get("query", query="up == 1")["result"]) == 5)
+        prometheus.until(lambda: len(prometheus.get("query", query='up{mesh="compose"} == 1')["result"]) == 5)
         for _ in range(4):
             asyncio.run(use(mesh))
             time.sleep(1.1)  # another scrape

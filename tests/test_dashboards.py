@@ -35,7 +35,7 @@ def targets(dashboard: Dashboard) -> list[dict[str, Any]]:
 def filled_in(dashboard: Dashboard, expression: str) -> str:
     """With values for Grafana's variables."""
     chosen = {each["name"]: each["current"].get("value") for each in dashboard["templating"]["list"]}
-    values = {**chosen, "job": ".*", "instance": ".*", "__rate_interval": "1m"}
+    values = {**chosen, "mesh": "compose", "job": ".*", "instance": ".*", "__rate_interval": "1m"}
     return re.sub(r"\$(\w+)", lambda variable: values[variable[1]], expression)
 
 
@@ -61,9 +61,23 @@ def test_a_dashboard_has_what_grafana_needs(dashboard: Dashboard) -> None:
     assert dashboard["schemaVersion"] >= 39
     assert "id" not in dashboard, "Grafana gives it"
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
-    assert {"datasource", "job", "instance"} <= variables.keys()
+    assert list(variables)[:4] == ["datasource", "mesh", "job", "instance"]
     assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", "prometheus")
-    assert all(variables[name]["datasource"] == DATASOURCE for name in ("job", "instance"))
+    assert all(variables[name]["datasource"] == DATASOURCE for name in ("mesh", "job", "instance"))
+
+
+@each_dashboard
+def test_one_mesh_is_chosen_and_then_of_its_jobs_and_instances(dashboard: Dashboard) -> None:
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    queries = {name: variables[name]["query"]["query"] for name in ("mesh", "job", "instance")}
+    assert queries == {
+        "mesh": "label_values(afd_requests_open, mesh)",
+        "job": 'label_values(up{mesh="$mesh"}, job)',
+        "instance": 'label_values(up{mesh="$mesh",job=~"$job"}, instance)',
+    }
+    assert all(variables[name]["definition"] == query for name, query in queries.items())
+    assert not variables["mesh"]["multi"]
+    assert not variables["mesh"]["includeAll"]
 
 
 @each_dashboard
@@ -92,11 +106,11 @@ def test_panels_lie_beside_one_another(dashboard: Dashboard) -> None:
 
 
 @each_dashboard
-def test_every_series_is_of_the_chosen_jobs_and_instances(dashboard: Dashboard) -> None:
+def test_every_series_is_of_the_chosen_mesh_jobs_and_instances(dashboard: Dashboard) -> None:
     for target in targets(dashboard):
         selectors = re.findall(r"\b(?:afd|gen_ai)_\w+(\{[^}]*\})?", target["expr"])
         assert selectors
-        assert all(selector.startswith('{job=~"$job",instance=~"$instance"') for selector in selectors), target["expr"]
+        assert all(selector.startswith('{mesh="$mesh",job=~"$job",instance=~"$instance"') for selector in selectors), target["expr"]
 
 
 @each_dashboard
@@ -130,7 +144,7 @@ def test_labels_are_those_of_the_documentation(mesh: Mesh) -> None:
     for name, labels in promql.exposed(mesh).items():
         family = re.sub("_(total|bucket|sum|count)$", "", name)
         if name.startswith(("afd_", "gen_ai_")) and not name.endswith("_created"):
-            own = labels - {"job", "instance", "le"}
+            own = labels - {"mesh", "job", "instance", "le"}
             assert own in (set(), documented.get(family, set())), name
 
 
