@@ -60,6 +60,11 @@ def test_every_alert_says_what_to_look_at(name: str) -> None:
     assert len(alert["annotations"]["description"]) > len(alert["annotations"]["summary"])
 
 
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.get("alert") or rule["record"])
+def test_no_rule_sums_over_meshes(rule: dict[str, Any]) -> None:
+    assert re.findall(r"\b(?:sum|avg|min|max|count|group)\b(?! by \(mesh\b).*", rule["expr"]) == []
+
+
 def test_rules_name_what_the_services_have_and_what_other_rules_record(
     make_model: Callable[[int], Model], start_mesh: StartMesh
 ) -> None:
