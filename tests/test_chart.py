@@ -729,6 +729,13 @@ def test_metrics_are_scraped_from_ports_that_are_there() -> None:
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
+def test_metrics_have_the_name_of_the_mesh_that_the_services_have_joined(rendered: Rendered) -> None:
+    (mesh,) = {environment(rendered, workload)["AFD_MESH"] for workload in rendered.services}
+    for monitor in rendered.of("PodMonitor"):
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            assert endpoint["relabelings"] == [{"targetLabel": "mesh", "replacement": mesh}]
+
+
 def test_it_scales_by_metrics_that_are_documented() -> None:
     (scaled,) = case("mixed-cards").of("ScaledObject")
     documented = set(re.findall(r"`(afd_\w+)", (ROOT / "docs" / "metrics.md").read_text()))
