@@ -85,8 +85,8 @@ def test_prometheus_looks_for_every_service_where_its_metrics_are() -> None:
 
 
 def test_every_job_names_the_mesh_that_the_services_have_joined() -> None:
-    services = compose()["services"]
-    (mesh,) = {each["environment"]["AFD_MESH"] for each in services.values() if "AFD_MESH" in each.get("environment", {})}
+    environments = [service.get("environment", {}) for service in compose()["services"].values()]
+    (mesh,) = {environment["AFD_MESH"] for environment in environments if "AFD_MESH" in environment}
     for job in prometheus_config()["scrape_configs"]:
         assert job["relabel_configs"] == [{"target_label": "mesh", "replacement": mesh}]
 

@@ -110,7 +110,8 @@ def test_every_series_is_of_the_chosen_mesh_jobs_and_instances(dashboard: Dashbo
     for target in targets(dashboard):
         selectors = re.findall(r"\b(?:afd|gen_ai)_\w+(\{[^}]*\})?", target["expr"])
         assert selectors
-        assert all(selector.startswith('{mesh="$mesh",job=~"$job",instance=~"$instance"') for selector in selectors), target["expr"]
+        chosen = '{mesh="$mesh",job=~"$job",instance=~"$instance"'
+        assert all(selector.startswith(chosen) for selector in selectors), target["expr"]
 
 
 @each_dashboard
