@@ -14,12 +14,19 @@ from typing import Any
 _KINDS = {
     "/api/v1": {"Secret": "secrets", "Service": "services"},
     "/apis/apps/v1": {"Deployment": "deployments", "StatefulSet": "statefulsets"},
+    "/apis/leaderworkerset.x-k8s.io/v1": {"LeaderWorkerSet": "leaderworkersets"},
 }
-_GROUP = {"name": "apps", "versions": [{"groupVersion": "apps/v1", "version": "v1"}]}
+
+
+def _group(name: str) -> dict[str, Any]:
+    version = {"groupVersion": f"{name}/v1", "version": "v1"}
+    return {"name": name, "versions": [version], "preferredVersion": version}
+
+
 _ANSWERS: dict[str, Any] = {
     "/version": {"major": "1", "minor": "32", "gitVersion": "v1.32.0"},
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/apis": {"kind": "APIGroupList", "groups": [{**_GROUP, "preferredVersion": _GROUP["versions"][0]}]},
+    "/apis": {"kind": "APIGroupList", "groups": [_group("apps"), _group("leaderworkerset.x-k8s.io")]},
 }
 
 
@@ -29,6 +36,9 @@ class FakeCluster:
     def __init__(self, directory: Path) -> None:
         self.kubeconfig = directory / "kubeconfig"
         self.answers = _ANSWERS | {path: _resources(path) for path in _KINDS}
+        for path, kinds in _KINDS.items():
+            for kind, plural in kinds.items():
+                self.answers[f"{path}/namespaces/llm/{plural}"] = {"kind": f"{kind}List", "items": []}
 
     def add(self, kind: str, name: str, **fields: Any) -> None:
         path, plural = next((path, kinds[kind]) for path, kinds in _KINDS.items() if kind in kinds)
@@ -39,12 +49,9 @@ class FakeCluster:
             "annotations": {"meta.helm.sh/release-name": "mesh", "meta.helm.sh/release-namespace": "llm"},
         }
         api = path.removeprefix("/apis/").removeprefix("/api/")
-        self.answers[f"{path}/namespaces/llm/{plural}/{name}"] = {
-            "apiVersion": api,
-            "kind": kind,
-            "metadata": metadata,
-            **fields,
-        }
+        added = {"apiVersion": api, "kind": kind, "metadata": metadata, **fields}
+        self.answers[f"{path}/namespaces/llm/{plural}/{name}"] = added
+        self.answers[f"{path}/namespaces/llm/{plural}"]["items"].append(added)
 
     def add_secret(self, name: str, **texts: str) -> None:
         self.add("Secret", name, data={key: base64.b64encode(text.encode()).decode() for key, text in texts.items()})

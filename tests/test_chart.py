@@ -623,16 +623,34 @@ def test_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_path: Path) -
     three = {**LEAST, "ffn": {"shards": 3}}
     with fake_cluster(tmp_path) as cluster:
         install(three, cluster.kubeconfig)
-        cluster.add("StatefulSet", "mesh-afd-attention")
         cluster.add("StatefulSet", "mesh-afd-ffn-0-of-2")
         install({**LEAST, "ffn": {"shards": 2}}, cluster.kubeconfig)
         install({**LEAST, "ffn": {"shards": 2, "nextShards": 3}}, cluster.kubeconfig)
-        with pytest.raises(
-            helm_python.HelmError, match="there is no StatefulSet mesh-afd-ffn-0-of-3, and the mesh serves"
-        ):
+        sentence = "there is no mesh-afd-ffn-0-of-3, and the mesh has mesh-afd-ffn-0-of-2: keep ffn.shards"
+        with pytest.raises(helm_python.HelmError, match=sentence):
             install(three, cluster.kubeconfig)
+        with pytest.raises(helm_python.HelmError, match="there is no mesh-afd-ffn-of-2, and the mesh has"):
+            install({**LEAST, "ffn": {"shards": 2, "leaderWorkerSet": True}}, cluster.kubeconfig)
         cluster.add("StatefulSet", "mesh-afd-ffn-0-of-3")
         install(three, cluster.kubeconfig)
+
+
+def test_groups_of_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_path: Path) -> None:
+    groups = {**LEAST, "ffn": {"shards": 2, "leaderWorkerSet": True}}
+    with fake_cluster(tmp_path) as cluster:
+        cluster.add("LeaderWorkerSet", "mesh-afd-ffn-of-2")
+        install(groups, cluster.kubeconfig)
+        for values in ({"shards": 3, "leaderWorkerSet": True}, {"shards": 2}):
+            with pytest.raises(helm_python.HelmError, match="and the mesh has mesh-afd-ffn-of-2: keep ffn.shards"):
+                install({**LEAST, "ffn": values}, cluster.kubeconfig)
+
+
+def test_an_installation_that_stopped_half_way_is_finished_by_an_upgrade(tmp_path: Path) -> None:
+    with fake_cluster(tmp_path) as cluster:
+        cluster.add("StatefulSet", "mesh-afd-attention")
+        cluster.add("StatefulSet", "mesh-afd-ffn-1-of-2")
+        cluster.add("StatefulSet", "other-afd-ffn-0-of-3")  # of another release
+        install({**LEAST, "ffn": {"shards": 2}}, cluster.kubeconfig)
 
 
 # --- what is wrong is a sentence ---

@@ -63,11 +63,23 @@
 
 {{- /* The layout in Redis stays until `afd layout` begins another one: without its shards nothing would serve. */ -}}
 {{- define "afd.validateReshard" -}}
-{{- $serves := lookup "apps/v1" "StatefulSet" .Release.Namespace (printf "%s-attention" (include "afd.name" .)) }}
-{{- $kind := ternary "LeaderWorkerSet" "StatefulSet" .Values.ffn.leaderWorkerSet }}
-{{- $api := ternary "leaderworkerset.x-k8s.io/v1" "apps/v1" .Values.ffn.leaderWorkerSet }}
-{{- $name := printf "%s-ffn%s-of-%d" (include "afd.name" .) (ternary "" "-0" .Values.ffn.leaderWorkerSet) (int .Values.ffn.shards) }}
-{{- if and $serves (not (lookup $api $kind .Release.Namespace $name)) }}
-{{- fail (printf "there is no %s %s, and the mesh serves: other shards come up through ffn.nextShards first (the chart's README, Other shards), and ffn.leaderWorkerSet is chosen once, at the installation" $kind $name) }}
+{{- $kinds := dict "StatefulSet" "apps/v1" }}
+{{- if .Capabilities.APIVersions.Has "leaderworkerset.x-k8s.io/v1" }}
+{{- $_ := set $kinds "LeaderWorkerSet" "leaderworkerset.x-k8s.io/v1" }}
+{{- end }}
+{{- $ffn := printf "%s-ffn" (include "afd.name" .) }}
+{{- $there := list }}
+{{- range $kind, $api := $kinds }}
+{{- range (lookup $api $kind $.Release.Namespace "").items }}
+{{- if regexMatch (printf "^%s(-[0-9]+)?-of-[0-9]+$" $ffn) .metadata.name }}{{ $there = append $there .metadata.name }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $wanted := printf "%s%s-of-%d" $ffn (ternary "" "-0" .Values.ffn.leaderWorkerSet) (int .Values.ffn.shards) }}
+{{- $others := list }}
+{{- range $there }}
+{{- if not (regexMatch (printf "^%s%s-of-%d$" $ffn (ternary "" "-[0-9]+" $.Values.ffn.leaderWorkerSet) (int $.Values.ffn.shards)) .) }}{{ $others = append $others . }}{{ end }}
+{{- end }}
+{{- if and $others (not (has $wanted $there)) }}
+{{- fail (printf "there is no %s, and the mesh has %s: keep ffn.shards and ffn.leaderWorkerSet as they are, and let other shards come up through ffn.nextShards first (the chart's README, Other shards)" $wanted (join ", " (sortAlpha $others))) }}
 {{- end }}
 {{- end -}}
