@@ -41,10 +41,10 @@ _ISSUER = {
     },
     "dependencies": {"kind": ["name"], "group": ["name"]},
 }
-_EXTRA_ENV = {
-    "type": "array",
-    "items": {"type": "object", "required": ["name"], "properties": {"name": {"not": {"pattern": "^AFD_"}}}},
-}
+_REPLICAS = {"type": "integer", "minimum": 0, "maximum": 10_000}
+_SCALED = {"type": "integer", "minimum": 1, "maximum": 10_000}
+_SHARDS = {"type": "integer", "minimum": 0, "maximum": 256}
+_EXTRA_ENV = {"type": "array", "items": {"type": "object", "required": ["name"]}}
 
 # By path or last name: what the default alone does not tell.
 _SHAPES: dict[str, Any] = {
@@ -52,6 +52,7 @@ _SHAPES: dict[str, Any] = {
     "image.registry": {"type": "string", "pattern": "^(.*/)?$"},
     "image.pullSecrets": {"type": "array", "items": {"type": "string"}},
     "model.dtype": {"enum": list(get_args(DtypeName))},
+    "mesh": {"type": "string", "pattern": r"^[\w.-]*$"},
     "startupSeconds": _SECONDS,
     "drainSeconds": _SECONDS,
     "tls.certManager.issuer": _ISSUER,
@@ -59,10 +60,17 @@ _SHAPES: dict[str, Any] = {
     "telemetry.otlpEndpoint": {"type": "string", "pattern": "^(https?://.*)?$"},
     "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "gateway.service.annotations": _TEXTS,
+    "replicas": _REPLICAS,
+    "minReplicas": _SCALED,
+    "maxReplicas": _SCALED,
     "gateway.autoscaling.targetCPU": {"type": "integer", "minimum": 1},
+    "attention.autoscaling.prometheus": {"type": "string", "pattern": "^(https?://.+)?$"},
+    "attention.autoscaling.waitingPerReplica": {"type": "integer", "minimum": 1},
     "attention.autoscaling.kvUse": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "gpu.count": {"type": "integer", "minimum": 0, "maximum": 1},
-    "redis.password": {"type": "string", "pattern": "^([A-Za-z0-9_-]{8,})?$"},
+    "ffn.shards": _SHARDS,
+    "ffn.nextShards": _SHARDS,
+    "redis.maxMemory": {"type": "string", "pattern": "^[1-9][0-9]*(kb|mb|gb)$"},
     "monitoring.labels": _TEXTS,
     "requests": _QUANTITIES,
     "limits": _QUANTITIES,
@@ -105,7 +113,8 @@ def _shape(default: Any, path: tuple[str, ...]) -> dict[str, Any]:
             return {"type": "string"}
         case dict() if default:
             keys = {key: _shape(value, (*path, key)) for key, value in default.items()}
-            return {"type": "object", "additionalProperties": False, "properties": keys}
+            # Helm takes null as "without the default": a section that is not there would fail open.
+            return {"type": "object", "additionalProperties": False, "required": sorted(keys), "properties": keys}
     raise ValueError(f"the shape of {'.'.join(path)} is not known: add it to _SHAPES")
 
 
@@ -119,6 +128,9 @@ def _setting_schema(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """As pydantic has it, without what a value cannot be: none."""
     if name == "cpus":
         return {"type": ["string", "integer"], "description": found["description"]}
+    if name == "microbatches":
+        most = {"type": "integer", "minimum": 1, "maximum": 64}
+        return {"anyOf": [most, {"const": "auto"}], "description": found["description"]}
     kept = {key: value for key, value in found.items() if key not in ("default", "title", "format")}
     choices = [choice for choice in kept.pop("anyOf", []) if choice != {"type": "null"}]
     if len(choices) == 1:

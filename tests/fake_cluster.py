@@ -14,19 +14,22 @@ from typing import Any
 _KINDS = {
     "/api/v1": {"Secret": "secrets", "Service": "services"},
     "/apis/apps/v1": {"Deployment": "deployments", "StatefulSet": "statefulsets"},
+    "/apis/autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
+    "/apis/keda.sh/v1alpha1": {"ScaledObject": "scaledobjects"},
     "/apis/leaderworkerset.x-k8s.io/v1": {"LeaderWorkerSet": "leaderworkersets"},
 }
 
 
-def _group(name: str) -> dict[str, Any]:
-    version = {"groupVersion": f"{name}/v1", "version": "v1"}
+def _group(path: str) -> dict[str, Any]:
+    _, _, name, number = path.split("/")
+    version = {"groupVersion": f"{name}/{number}", "version": number}
     return {"name": name, "versions": [version], "preferredVersion": version}
 
 
 _ANSWERS: dict[str, Any] = {
     "/version": {"major": "1", "minor": "32", "gitVersion": "v1.32.0"},
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/apis": {"kind": "APIGroupList", "groups": [_group("apps"), _group("leaderworkerset.x-k8s.io")]},
+    "/apis": {"kind": "APIGroupList", "groups": [_group(path) for path in _KINDS if path != "/api/v1"]},
 }
 
 

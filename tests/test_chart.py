@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from afd.cli import app
-from afd.config import SETTINGS_OF, ServiceSettings, load_settings, refuse_plain_text
+from afd.config import SETTINGS_OF, ServiceSettings, load_settings, parse_microbatches, refuse_plain_text
 from afd.tls import name_of
 from tests.fake_cluster import fake_cluster
 from tests.redis_servers import one_server
@@ -59,6 +59,7 @@ CASES: dict[str, Object] = {
         "model": {"name": "m", "persistentVolumeClaim": "claim", "subPath": "m/1", "dtype": "float32"},
         "tls": {"secrets": NAMES},
         "redis": {"password": "of-mine_1", "storageClass": "fast", "tolerations": [{"operator": "Exists"}]},
+        "mesh": "eu.llm",
         "settings": {"log_level": "debug", "lease_s": 2.5, "journal_ttl_s": 1234.5},
         "gateway": {
             "settings": {"log_level": "error"},
@@ -236,7 +237,7 @@ def test_names_of_the_longest_release_and_most_shards_are_legal() -> None:
 
 
 def test_labels_are_texts_that_kubernetes_takes() -> None:
-    for each in render(LEAST, name="12").objects:  # not the number 12
+    for each in render(LEAST, name="on").objects:  # not true
         for label in each["metadata"]["labels"].values():
             assert re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", label)
 
@@ -270,14 +271,22 @@ def test_pods_spread_by_their_own_kind_and_prefer_the_rail_of_the_other(rendered
         assert found == rendered.of_role({"attention": "ffn", "ffn": "attention"}[workload.role])
 
 
+def test_the_example_of_one_node_stays_on_one_node() -> None:
+    compute = [each for each in case("one-node-8-gpus").services if each.role != "gateway"]
+    assert {each.spec["nodeSelector"]["kubernetes.io/hostname"] for each in compute} == {"gpu-node-1"}
+
+
 def test_what_scales_and_names_others_names_what_is_there(rendered: Rendered) -> None:
     there = {(each["kind"], each["metadata"]["name"]) for each in rendered.objects}
     scaled = {each["spec"]["scaleTargetRef"]["name"] for each in rendered.of("HorizontalPodAutoscaler", "ScaledObject")}
     for each in rendered.of("HorizontalPodAutoscaler", "ScaledObject"):
         target = each["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) in there
-    for each in rendered.of("Deployment", "StatefulSet"):
-        assert ("replicas" in each["spec"]) == (each["metadata"]["name"] not in scaled), "one of the two counts"
+    for workload in rendered.of_role("gateway") + rendered.of_role("attention"):
+        values = rendered.values[workload.role]
+        assert (workload.name in scaled) == values["autoscaling"]["enabled"]
+        first = values["autoscaling"]["minReplicas"] if workload.name in scaled else values["replicas"]
+        assert workload.manifest["spec"]["replicas"] == first
     for each in rendered.of("StatefulSet"):
         assert ("Service", each["spec"]["serviceName"]) in there
 
@@ -453,7 +462,7 @@ def test_services_start_with_the_settings_that_the_values_say(
         settings = settings_of(rendered, workload, monkeypatch)
         assert settings.replica_id == f"{workload.name}-0"
         assert settings.grpc_address(settings.grpc_port) == "10.1.2.3:50051"
-        assert settings.mesh == "llm.mesh"
+        assert settings.mesh == (values["mesh"] or "llm.mesh")
         assert settings.insecure == values["insecure"]
         assert (settings.tls is None) == values["insecure"]
         assert (settings.redis_ca is not None) == bool(values["redis"]["external"]["caKey"])
@@ -619,6 +628,30 @@ def test_an_upgrade_keeps_the_password_of_redis(tmp_path: Path) -> None:
         assert "redis://afd:another-1@mesh-afd-redis:6379/0" in install(given, cluster.kubeconfig)
 
 
+def test_scaling_begins_with_the_pods_that_run(tmp_path: Path) -> None:
+    scaling = {"enabled": True, "minReplicas": 3}
+    values = {
+        **LEAST,
+        "gateway": {"replicas": 1, "autoscaling": scaling},
+        "attention": {"autoscaling": scaling | {"prometheus": "http://prometheus:9090"}},
+    }
+    with fake_cluster(tmp_path) as cluster:
+        cluster.add("Deployment", "mesh-afd-gateway", spec={"replicas": 5})
+        cluster.add("StatefulSet", "mesh-afd-attention", spec={"replicas": 7})
+        objects = list(yaml.safe_load_all(install(values, cluster.kubeconfig)))
+    found = {each["metadata"]["name"]: each["spec"]["replicas"] for each in objects if each["kind"] in WORKLOADS[:2]}
+    assert (found["mesh-afd-gateway"], found["mesh-afd-attention"]) == (5, 7)
+
+
+def test_its_redis_is_full_before_its_memory_is(rendered: Rendered) -> None:
+    sizes = {"mb": 10**6 * 1.048576, "gb": 2**30, "Mi": 2**20, "Gi": 2**30}
+    for workload in rendered.of_role("redis"):
+        arguments = workload.container["args"]
+        texts = arguments[arguments.index("--maxmemory") + 1], workload.container["resources"]["limits"]["memory"]
+        most, limit = (float(text[:-2]) * sizes[text[-2:]] for text in texts)
+        assert most < 0.8 * limit
+
+
 def test_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_path: Path) -> None:
     three = {**LEAST, "ffn": {"shards": 3}}
     with fake_cluster(tmp_path) as cluster:
@@ -660,6 +693,12 @@ def changed(**values: Any) -> Object:
     return {**LEAST, **values}
 
 
+def helm_install(values: Object) -> None:
+    """Without a cluster; `render` goes by what the chart has where a value is null."""
+    with helm_python.Config(namespace="llm", kubeconfig_path="/nonexistent", storage_driver="memory") as helm:
+        helm.install(str(CHART), "mesh", values, dry_run="client")
+
+
 REFUSED: dict[str, tuple[Object, str]] = {
     "a wrong key": (changed(gatway={}), "additional properties 'gatway' not allowed"),
     "a wrong key further down": (
@@ -678,7 +717,18 @@ REFUSED: dict[str, tuple[Object, str]] = {
         changed(gateway={"settings": {"max_requests": "many"}}),
         "at '/gateway/settings/max_requests': got string, want integer",
     ),
-    "AFD_* beside the settings": (changed(ffn={"extraEnv": [{"name": "AFD_SHARD"}]}), "at '/ffn/extraEnv/0/name'"),
+    "AFD_* beside the settings": (
+        changed(ffn={"extraEnv": [{"name": "AFD_SHARD"}]}),
+        "ffn.extraEnv has AFD_SHARD: AFD_*",
+    ),
+    "an address of its own": (
+        changed(gateway={"extraEnv": [{"name": "POD_IP"}]}),
+        "gateway.extraEnv has POD_IP: AFD_*",
+    ),
+    "an index of its own": (
+        changed(attention={"extraEnv": [{"name": "WORKER_INDEX"}]}),
+        "attention.extraEnv has WORKER_INDEX: AFD_*",
+    ),
     "a label that selectors go by": (
         changed(ffn={"podLabels": {"app.kubernetes.io/component": "x"}}),
         "invalid propertyName 'app.kubernetes.io/component'",
@@ -713,17 +763,97 @@ REFUSED: dict[str, tuple[Object, str]] = {
         "properties 'name' required, if 'kind' exists",
     ),
     "a CA of no Redis": (changed(redis={"external": {"caKey": "ca.crt"}}), "redis.external.secret is not"),
-    "a password that a URL would take apart": (changed(redis={"password": "a?b/c@d:e"}), "at '/redis/password'"),
+    "a key of no Redis": (
+        changed(redis={"external": {"urlKey": "u"}}),
+        "urlKey is set and redis.external.secret is not",
+    ),
+    "no key of a Redis": (changed(redis={"external": {"secret": "s", "urlKey": ""}}), "redis.external.urlKey is empty"),
+    "a password that a URL would take apart": (changed(redis={"password": "a?b/c@d:e"}), "redis.password must have 8"),
+    "memory that is no number": (changed(redis={"maxMemory": "much"}), "at '/redis/maxMemory'"),
+    "a mesh that Redis cannot name": (changed(mesh="a b"), "at '/mesh'"),
+    "metrics that nobody may read": (
+        changed(monitoring={"podMonitor": True}),
+        "monitoring.podMonitor needs metrics that nobody may read: networkPolicies.metrics must say",
+    ),
+    "scaling by metrics that nobody may read": (
+        changed(attention={"autoscaling": {"enabled": True, "prometheus": "http://prometheus:9090"}}),
+        "attention.autoscaling.enabled needs metrics that nobody may read",
+    ),
+    "scaling to no gateway": (changed(gateway={"autoscaling": {"minReplicas": 0}}), "minimum: got 0, want 1"),
+    "scaling to at most none": (changed(attention={"autoscaling": {"maxReplicas": 0}}), "minimum: got 0, want 1"),
+    "scaling where none waits": (
+        changed(attention={"autoscaling": {"waitingPerReplica": 0}}),
+        "minimum: got 0, want 1",
+    ),
+    "a Prometheus without a scheme": (
+        changed(attention={"autoscaling": {"prometheus": "prometheus:9090"}}),
+        "at '/attention/autoscaling/prometheus'",
+    ),
+    "more shards than names are for": (changed(ffn={"shards": 257}), "maximum: got 257, want 256"),
+    "more next shards than names are for": (changed(ffn={"nextShards": 257}), "maximum: got 257, want 256"),
+    "replicas without end": (changed(attention={"replicas": 10_001}), "maximum: got 10,001, want 10,000"),
+    "no microbatches": (changed(attention={"settings": {"microbatches": 0}}), "minimum: got 0, want 1"),
+    "microbatches without end": (changed(attention={"settings": {"microbatches": 65}}), "maximum: got 65, want 64"),
 }
 
 
 @pytest.mark.parametrize(("values", "sentence"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_is_refused_in_words(values: Object, sentence: str) -> None:
-    with (
-        helm_python.Config(namespace="llm", kubeconfig_path="/nonexistent", storage_driver="memory") as helm,
-        pytest.raises(helm_python.HelmError, match=re.escape(sentence)),
-    ):
-        helm.install(str(CHART), "mesh", values, dry_run="client")
+    with pytest.raises(helm_python.HelmError, match=re.escape(sentence)):
+        helm_install(values)
+
+
+@pytest.mark.parametrize("name", ["1mesh", "a.b"])
+def test_a_release_that_no_service_can_be_named_after_is_refused(name: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=f"the release is called {name}: names of Services are made of it"):
+        render(LEAST, name=name)
+
+
+def test_a_password_that_is_refused_is_not_shown() -> None:
+    with pytest.raises(helm_python.HelmError, match=r"redis\.password must have 8") as refused:
+        render(changed(redis={"password": "hunter2?"}))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_value_that_is_null_is_refused_and_turns_nothing_off() -> None:
+    def nulls(values: Object) -> Iterator[tuple[str, Object]]:
+        """Each key, and values where only that one is null."""
+        for key, value in values.items():
+            yield key, {key: None}
+            if isinstance(value, dict) and key not in ("requests", "limits"):
+                yield from ((name, {key: inner}) for name, inner in nulls(value))
+
+    found = list(nulls(yaml.safe_load((CHART / "values.yaml").read_text())))
+    assert len(found) > 100
+    for name, values in found:
+        with pytest.raises(helm_python.HelmError, match=f"missing propert.*'{name}'"):
+            helm_install(values)
+
+
+def test_microbatches_are_as_many_as_the_service_takes() -> None:
+    found = generate.schema()["definitions"]["attention"]["properties"]["microbatches"]["anyOf"]
+    numbers, word = found
+    for number in (numbers["minimum"], numbers["maximum"], word["const"]):
+        parse_microbatches(number)
+    for number in (numbers["minimum"] - 1, numbers["maximum"] + 1):
+        with pytest.raises(ValueError, match="give a number from"):
+            parse_microbatches(number)
+
+
+def test_names_that_yaml_would_take_for_something_else_stay_texts() -> None:
+    names = dict.fromkeys(NAMES, "0123")
+    rendered = render(
+        {
+            "image": {"pullSecrets": ["no"]},
+            "model": {"name": "m", "persistentVolumeClaim": "0123"},
+            "tls": {"secrets": names},
+            "redis": {"external": {"secret": "0123", "urlKey": "1", "caKey": "2"}},
+            "attention": {"runtimeClass": "1e3"},
+            "rail": {"topologyKey": "yes"},
+        }
+    )
+    for workload in rendered.workloads:
+        kubernetes_validate.validate(workload.manifest, KUBERNETES, strict=True)
 
 
 def test_helm_finds_nothing_to_complain_of() -> None:
@@ -768,14 +898,16 @@ def test_it_scales_by_metrics_that_are_documented() -> None:
 def test_dashboards_and_alerts_reach_the_cluster_as_they_are(tmp_path: Path) -> None:
     chart = shutil.copytree(CHART, tmp_path / "afd", ignore=shutil.ignore_patterns("dashboards", "alerts.yaml"))
     monitoring = {"podMonitor": True, "rules": True, "dashboards": True}
-    without = render(changed(monitoring=monitoring), chart)
+    metrics = {"metrics": [{"namespaceSelector": {}}]}
+    values = changed(monitoring=monitoring, networkPolicies=metrics)
+    without = render(values, chart)
     assert not without.of("ConfigMap", "PrometheusRule")
     dashboard = {"title": "Overview", "panels": [{"legendFormat": "{{instance}}"}]}
     rules = {"groups": [{"name": "afd", "rules": [{"alert": "A", "expr": "up", "annotations": {"s": "{{ $value }}"}}]}]}
     (chart / "dashboards").mkdir()
     (chart / "dashboards" / "overview.json").write_text(json.dumps(dashboard, indent=2))
     (chart / "alerts.yaml").write_text(yaml.safe_dump(rules))
-    rendered = render(changed(monitoring=monitoring), chart)
+    rendered = render(values, chart)
     ((name, text),) = rendered.of("ConfigMap")[0]["data"].items()
     assert (name, json.loads(text)) == ("overview.json", dashboard)
     assert rendered.of("ConfigMap")[0]["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -861,6 +993,7 @@ def test_compose_and_the_chart_have_the_same_redis() -> None:
     assert compose["image"] == f"${{REDIS_IMAGE:-{redis.container['image']}}}"
     assert compose["user"] == "{runAsUser}:{runAsGroup}".format_map(redis.spec["securityContext"])
     options, _, users = compose["command"].partition(" --user ")
+    options = options.replace("${REDIS_MAXMEMORY:-1gb}", case("everything named").values["redis"]["maxMemory"])
     assert [word.strip('"') for word in options.split()] == redis.container["args"][: len(options.split())]
     assert redis.container["args"][len(options.split()) :] == ["--aclfile", "/etc/redis/users.acl"]
     quoted = str.maketrans("", "", "'")

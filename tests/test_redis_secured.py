@@ -89,7 +89,8 @@ async def test_the_documented_user_may_do_nothing_else(tmp_path: Path, command: 
 def composed_redis() -> list[str]:
     """The arguments that compose.yaml gives its Redis, but for the folder."""
     command = yaml.safe_load((DOCS.parents[1] / "compose.yaml").read_text())["services"]["redis"]["command"]
-    _, _, folder, *arguments = shlex.split(command.replace("${REDIS_PASSWORD:-afd}", "PASSWORD"))
+    command = command.replace("${REDIS_PASSWORD:-afd}", "PASSWORD").replace("${REDIS_MAXMEMORY:-1gb}", "1gb")
+    _, _, folder, *arguments = shlex.split(command)
     assert folder == "/data"
     return arguments
 

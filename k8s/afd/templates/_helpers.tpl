@@ -29,6 +29,21 @@ labels: {{- include "afd.labels" . | nindent 2 }}
 {{ .root.Values.image.registry }}afd-{{ .role }}:{{ $values.imageTag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end -}}
 
+{{- define "afd.mesh" -}}
+{{ .Values.mesh | default (printf "%s.%s" .Release.Namespace .Release.Name) }}
+{{- end -}}
+
+{{- /* How many pods: where they are scaled, as many as run. (root, role, kind) */ -}}
+{{- define "afd.replicas" -}}
+{{- $values := get .root.Values .role -}}
+{{- $running := lookup "apps/v1" .kind .root.Release.Namespace (printf "%s-%s" (include "afd.name" .root) .role) -}}
+{{- if $values.autoscaling.enabled -}}
+{{ dig "spec" "replicas" 0 $running | default $values.autoscaling.minReplicas }}
+{{- else -}}
+{{ $values.replicas }}
+{{- end -}}
+{{- end -}}
+
 {{- /* The Secret with a role's certificate, or with the public one. */ -}}
 {{- define "afd.certificate" -}}
 {{- if .root.Values.tls.certManager.issuer -}}

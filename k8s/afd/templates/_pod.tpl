@@ -32,11 +32,11 @@ spec:
   {{- with $root.Values.image.pullSecrets }}
   imagePullSecrets:
     {{- range . }}
-    - name: {{ . }}
+    - name: {{ . | quote }}
     {{- end }}
   {{- end }}
   {{- with dig "runtimeClass" "" $values }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $values.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
@@ -52,7 +52,7 @@ spec:
       preferredDuringSchedulingIgnoredDuringExecution:
         - weight: 100
           podAffinityTerm:
-            topologyKey: {{ $root.Values.rail.topologyKey }}
+            topologyKey: {{ $root.Values.rail.topologyKey | quote }}
             labelSelector:
               matchLabels: {{- include "afd.selector" (dict "root" $root "role" (ternary "ffn" "attention" (eq .role "attention"))) | nindent 16 }}
   {{- end }}
@@ -86,8 +86,8 @@ spec:
         - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
         - {name: AFD_REPLICA_ID, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
         - {name: AFD_ADVERTISE_HOST, value: $(POD_IP)}
-        - {name: AFD_MESH, value: {{ printf "%s.%s" $root.Release.Namespace $root.Release.Name | quote }}}
-        - {name: AFD_REDIS, valueFrom: {secretKeyRef: {name: {{ include "afd.redisSecret" $root }}, key: {{ $root.Values.redis.external.urlKey }}}}}
+        - {name: AFD_MESH, value: {{ include "afd.mesh" $root | quote }}}
+        - {name: AFD_REDIS, valueFrom: {secretKeyRef: {name: {{ include "afd.redisSecret" $root | quote }}, key: {{ $root.Values.redis.external.urlKey | quote }}}}}
         {{- with $root.Values.redis.external.caKey }}
         - {name: AFD_REDIS_CA, value: /etc/afd/redis/ca.crt}
         {{- end }}
@@ -165,7 +165,7 @@ spec:
   volumes:
     - name: model
       {{- if $root.Values.model.persistentVolumeClaim }}
-      persistentVolumeClaim: {claimName: {{ $root.Values.model.persistentVolumeClaim }}, readOnly: true}
+      persistentVolumeClaim: {claimName: {{ $root.Values.model.persistentVolumeClaim | quote }}, readOnly: true}
       {{- else }}
       hostPath: {path: {{ $root.Values.model.hostPath | quote }}, type: Directory}
       {{- end }}
@@ -179,14 +179,14 @@ spec:
       {{- end }}
     {{- end }}
     {{- if $certificate }}
-    - {name: tls, secret: {secretName: {{ $certificate }}, defaultMode: 0440}}
+    - {name: tls, secret: {secretName: {{ $certificate | quote }}, defaultMode: 0440}}
     {{- if not $isCompute }}
-    - {name: public-tls, secret: {secretName: {{ include "afd.certificate" (dict "root" $root "role" "public") }}, defaultMode: 0440}}
+    - {name: public-tls, secret: {secretName: {{ include "afd.certificate" (dict "root" $root "role" "public") | quote }}, defaultMode: 0440}}
     {{- end }}
     {{- end }}
     {{- with $root.Values.redis.external }}
     {{- if .caKey }}
-    - {name: redis-ca, secret: {secretName: {{ .secret }}, items: [{key: {{ .caKey }}, path: ca.crt}]}}
+    - {name: redis-ca, secret: {secretName: {{ .secret | quote }}, items: [{key: {{ .caKey | quote }}, path: ca.crt}]}}
     {{- end }}
     {{- end }}
 {{- end -}}

@@ -1,5 +1,8 @@
 {{- /* What cannot be, in a sentence that says the way out. values.schema.json has refused unknown keys and wrong types. */ -}}
 {{- define "afd.validate" -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" .Release.Name) }}
+{{- fail (printf "the release is called %s: names of Services are made of it, so it must be of a-z, 0-9 and -, and begin with a letter" .Release.Name) }}
+{{- end }}
 {{- if gt (len (include "afd.name" .)) 36 }}
 {{- fail (printf "the release is called %s: names of its pods would be too long, so give it one of up to 32 characters" .Release.Name) }}
 {{- end }}
@@ -20,11 +23,11 @@
 {{- if and .Values.attention.autoscaling.enabled (not .Values.attention.autoscaling.prometheus) }}
 {{- fail "attention.autoscaling goes by the mesh's metrics: attention.autoscaling.prometheus must be the URL of the Prometheus that has them" }}
 {{- end }}
-{{- if and .Values.redis.external.caKey (not .Values.redis.external.secret) }}
-{{- fail "redis.external.caKey is set and redis.external.secret is not: it is a key of that Secret" }}
-{{- end }}
 {{- include "afd.validateModel" .Values.model }}
 {{- include "afd.validateTls" .Values }}
+{{- include "afd.validateRedis" .Values.redis }}
+{{- include "afd.validateMetrics" .Values }}
+{{- include "afd.validateExtraEnv" .Values }}
 {{- include "afd.validateReshard" . }}
 {{- end -}}
 
@@ -58,6 +61,43 @@
 {{- end }}
 {{- if not (or .insecure $issuer $given) }}
 {{- fail "nothing says where certificates come from: set tls.certManager.issuer, or the four tls.secrets, or insecure: true if something else protects the pods' network" }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.validateRedis" -}}
+{{- if not (regexMatch "^([A-Za-z0-9_-]{8,})?$" .password) }}
+{{- fail "redis.password must have 8 characters or more of A-Z, a-z, 0-9, _ and -: it is part of a URL" }}
+{{- end }}
+{{- if not .external.urlKey }}
+{{- fail "redis.external.urlKey is empty: it is the key of the URL in the Secret" }}
+{{- end }}
+{{- if not .external.secret }}
+{{- if .external.caKey }}
+{{- fail "redis.external.caKey is set and redis.external.secret is not: it is a key of that Secret" }}
+{{- end }}
+{{- if ne .external.urlKey "url" }}
+{{- fail "redis.external.urlKey is set and redis.external.secret is not: it is a key of that Secret" }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.validateMetrics" -}}
+{{- if and .networkPolicies.enabled (not .networkPolicies.metrics) }}
+{{- range $path, $wanted := dict "monitoring.podMonitor" .monitoring.podMonitor "attention.autoscaling.enabled" .attention.autoscaling.enabled }}
+{{- if $wanted }}
+{{- fail (printf "%s needs metrics that nobody may read: networkPolicies.metrics must say where Prometheus is, like [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}}]" $path) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.validateExtraEnv" -}}
+{{- range $role := list "gateway" "attention" "ffn" }}
+{{- range (get $ $role).extraEnv }}
+{{- if regexMatch "^(AFD_.*|POD_IP|WORKER_INDEX)$" .name }}
+{{- fail (printf "%s.extraEnv has %s: AFD_* are %s.settings, and POD_IP and WORKER_INDEX are the chart's own" $role .name $role) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
