@@ -674,7 +674,7 @@ def test_groups_of_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_pat
         cluster.add("LeaderWorkerSet", "mesh-afd-ffn-of-2")
         install(groups, cluster.kubeconfig)
         for values in ({"shards": 3, "leaderWorkerSet": True}, {"shards": 2}):
-            with pytest.raises(helm_python.HelmError, match="and the mesh has mesh-afd-ffn-of-2: keep ffn.shards"):
+            with pytest.raises(helm_python.HelmError, match="and the mesh has mesh-afd-ffn-of-2: keep"):
                 install({**LEAST, "ffn": values}, cluster.kubeconfig)
 
 
@@ -1035,6 +1035,18 @@ def test_every_setting_is_a_value_or_decided_by_the_chart() -> None:
     assert settings >= generate.DECIDED
     allowed = {name for each in generate.schema()["definitions"].values() for name in each["properties"]}
     assert allowed == settings - generate.DECIDED
+
+
+def test_every_command_of_the_readme_says_the_namespace_and_every_upgrade_keeps_the_values() -> None:
+    text = (CHART / "README.md").read_text().replace("\\\n", "")
+    names = "install|upgrade|uninstall|rollback|test"
+    commands = re.findall(rf"\bhelm (?:{names}) mesh[^`\n]*|\bkubectl [^`\n]+", text)
+    commands += re.findall(rf"helm (?:{names}) mesh.*", (CHART / "examples" / "laptop.yaml").read_text())
+    assert len(commands) > 10
+    assert all("--namespace llm" in command for command in commands)
+    upgrades = [command for command in commands if command.startswith("helm upgrade")]
+    assert upgrades
+    assert all("--reset-then-reuse-values" in command for command in upgrades)
 
 
 def test_the_documentation_names_values_and_files_that_there_are() -> None:
