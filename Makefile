@@ -40,7 +40,7 @@ images:  ## build the images of the three services
 
 up:  ## the mesh in containers (compose.yaml), and a question to it; TLS=1, GPU=1, PROFILES=observability
 	@$(COMPOSE) up --detach --wait --wait-timeout $(WAIT_S) || { $(COMPOSE) logs --no-log-prefix --tail 3; \
-		echo "not all came up within $(WAIT_S) s (WAIT_S): above are the last words of each"; exit 1; }
+		echo "not all came up, in WAIT_S=$(WAIT_S) seconds at most: above is why, or the last words of each"; exit 1; }
 	@if [ "$$($(COMPOSE) exec -T gateway printenv AFD_REQUIRE_API_KEY)" = 1 ]; then \
 		echo "for a key: docker compose exec gateway afd keys create NAME"; \
 	else \

@@ -977,13 +977,17 @@ def test_what_only_compose_sets_is_a_value_of_the_chart(path: str) -> None:
     assert name in properties
 
 
+def mounted_at(volume: str | Object) -> str:
+    return volume.partition(":")[2] if isinstance(volume, str) else str(volume["target"])
+
+
 def test_compose_and_the_chart_have_the_same_ports_and_places() -> None:
     published = {str(port).rpartition(":")[2] for port in compose_service("gateway")["ports"]}
     (gateway,) = [each for each in case("least").of("Service") if each["metadata"]["name"] == "mesh-afd-gateway"]
     assert published == {str(port["port"]) for port in gateway["spec"]["ports"]}
     for role in ROLES:
         mounts = {mount["mountPath"] for mount in case("least").of_role(role)[0].container["volumeMounts"]}
-        volumes = {volume.removesuffix(":ro").rpartition(":")[2] for volume in compose_service(role)["volumes"]}
+        volumes = {mounted_at(volume) for volume in compose_service(role)["volumes"]}
         assert mounts == volumes | {compose_service(role)["tmpfs"][0].partition(":")[0]}
 
 
