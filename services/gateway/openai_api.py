@@ -37,7 +37,8 @@ from services.gateway.tokenizer import Tokenizer
 from services.gateway.topology import Topology
 
 _OPEN_PATHS = ("/health", "/metrics", *PAGE_PATHS)  # need no API key
-# FastAPI's own, since 0.16x, traces probes and scrapes, too, and logs what validation has refused: that is the prompt.
+# FastAPI's own, which newer versions have, traces probes and scrapes, too, and logs what validation has refused: that
+# can be a prompt.
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
 _MAX_CHOICES = 256  # of all prompts together
 _NO_OBJECT = "the body must be a JSON object in UTF-8, not too deep, sent with Content-Type: application/json"
