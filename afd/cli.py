@@ -206,6 +206,12 @@ def scale(
 def layout(
     redis: keys.RedisUrl,
     ffn: Annotated[int | None, typer.Argument(min=1, max=_MOST, help="FFN shards from now on")] = None,
+    require: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="exit status 1 if it is split into another number; repeatable; 0 where Redis does not answer"
+        ),
+    ] = None,
     mesh: Annotated[str, typer.Option(envvar="AFD_MESH", help="which of the meshes on this Redis")] = "default",
     redis_ca: keys.RedisCa = None,
 ) -> None:
@@ -214,9 +220,15 @@ def layout(
     For a mesh whose processes Kubernetes or something else runs; `afd scale` does it for one of `afd up`. Its requests
     go on, and the shards of before are not needed any more.
     """
-    from afd.layout import show_or_change
+    from afd import layout
 
-    console.print(show_or_change(redis, redis_ca, mesh, ffn), highlight=False, soft_wrap=True)
+    if ffn and require:
+        raise typer.BadParameter("FFN changes the layout and --require looks at it: give one of them")
+    if require:
+        told = layout.require(redis, redis_ca, mesh, require)
+    else:
+        told = layout.show_or_change(redis, redis_ca, mesh, ffn)
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 @app.command()

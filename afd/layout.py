@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
-from afd.errors import PeerUnavailable
+from afd.errors import ConfigError, Mismatch, PeerUnavailable
 from afd.state.connection import connect
 from afd.state.registry import NO_LAYOUT, Layout, Registry
 
@@ -15,20 +16,30 @@ _LEASE_S = 5.0  # a layout is known for ten of them, and its replicas renew it e
 def show_or_change(url: str, ca: Path | None, mesh: str, num_shards: int | None) -> str:
     """For people: the layout that counts, after a change to `num_shards` if that is given. Raises as `change` does,
     and ConfigError if no Redis answers."""
+    layout = _ask(url, ca, mesh, lambda registry: change(registry, num_shards) if num_shards else _present(registry))
+    return f"mesh {mesh} has {_described(layout)}"
 
-    async def run() -> Layout:
-        async with connect(url, ca) as redis:
-            registry = Registry(redis, _LEASE_S, mesh)
-            return await (change(registry, num_shards) if num_shards else registry.keep_layout(NO_LAYOUT))
 
-    layout = asyncio.run(run())
+def require(url: str, ca: Path | None, mesh: str, allowed: Collection[int]) -> str:
+    """For whoever is about to leave a mesh with FFN shards of these numbers alone. Raises Mismatch if it goes by
+    another one. A Redis that does not answer hinders nobody: what comes may be what mends it."""
+    try:
+        layout = _ask(url, ca, mesh, _present)
+    except (ConfigError, PeerUnavailable) as error:
+        return f"how many FFN shards mesh {mesh} has is not known, and nothing is refused: {error}"
+    if layout.epoch and layout.num_shards not in allowed:
+        others = " or ".join(map(str, allowed))
+        raise Mismatch(
+            f"mesh {mesh} has {_described(layout)}, and nobody would serve with {others} alone: "
+            f"keep the {layout.num_shards}, or have the others come up first and go to them by `afd layout`"
+        )
     return f"mesh {mesh} has {_described(layout)}"
 
 
 async def change(registry: Registry, num_shards: int) -> Layout:
     """Begins a new epoch with so many shards, unless they are that many already. Raises PeerUnavailable if a shard of
     the new layout has no replica yet: then all is as before."""
-    present = await registry.keep_layout(NO_LAYOUT)
+    present = await _present(registry)
     if present.num_shards == num_shards:
         return present
     there = {replica.shard for replica in await registry.replicas("ffn")}
@@ -39,6 +50,18 @@ async def change(registry: Registry, num_shards: int) -> Layout:
             f"{_described(present)}"
         )
     return await registry.set_layout(num_shards)
+
+
+async def _present(registry: Registry) -> Layout:
+    return await registry.keep_layout(NO_LAYOUT)
+
+
+def _ask(url: str, ca: Path | None, mesh: str, ask: Callable[[Registry], Awaitable[Layout]]) -> Layout:
+    async def connected() -> Layout:
+        async with connect(url, ca) as redis:
+            return await ask(Registry(redis, _LEASE_S, mesh))
+
+    return asyncio.run(connected())
 
 
 def _described(layout: Layout) -> str:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from afd.errors import PeerUnavailable
-from afd.layout import change
+from afd.cli import app
+from afd.errors import Mismatch, PeerUnavailable
+from afd.layout import change, require
 from afd.mesh import Mesh, Seat
 from afd.state.connection import connect
 from afd.state.registry import NO_LAYOUT, Layout, Registry, Replica
@@ -55,6 +57,21 @@ def test_the_command_tells_and_refuses_in_a_sentence(server: Server) -> None:
     assert_refused(afd("layout", 2, AFD_REDIS=server.url), "afd: there is no replica of FFN shard 0/2, 1/2")
     assert_refused(afd("layout", 0, AFD_REDIS=server.url), "greater than or equal to 1")
     assert_refused(afd("layout", AFD_REDIS="redis://127.0.0.1:1"), "no Redis answers")
+
+
+def test_who_would_leave_a_mesh_without_its_shards_is_refused_in_a_sentence(server: Server) -> None:
+    async def set_layout() -> None:
+        async with connect(server.url) as redis:
+            await Registry(redis, lease_s=5.0, mesh="somewhere").keep_layout(Layout(7, 3))
+
+    assert require(server.url, None, "somewhere", [2]) == "mesh somewhere has no layout yet"
+    asyncio.run(set_layout())
+    assert require(server.url, None, "somewhere", [2, 3]) == "mesh somewhere has 3 FFN shards, in epoch 7"
+    with pytest.raises(Mismatch, match="has 3 FFN shards, in epoch 7, and nobody would serve with 2 or 4 alone: keep"):
+        require(server.url, None, "somewhere", [2, 4])
+    assert "and nothing is refused: no Redis answers" in require("redis://127.0.0.1:1", None, "somewhere", [2])
+    both = CliRunner().invoke(app, ["layout", "2", "--require", "3", "--redis", server.url])
+    assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
 
 
 def test_requests_go_on_while_the_ffn_is_split_anew(
