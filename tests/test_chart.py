@@ -37,7 +37,8 @@ KUBERNETES = "1.32"
 # Kinds that Kubernetes does not know by itself, and kubernetes-validate not at all.
 OTHERS_KINDS = {"Certificate", "LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject"}
 ROLES = ("gateway", "attention", "ffn")
-WORKLOADS = ("Deployment", "StatefulSet", "LeaderWorkerSet", "Pod")
+TASKS = ("layout", "test")
+WORKLOADS = ("Deployment", "StatefulSet", "LeaderWorkerSet", "Job", "Pod")
 
 Object = dict[str, Any]
 
@@ -53,6 +54,7 @@ CASES: dict[str, Object] = {
         "redis": {"external": {"secret": "given"}},
         "networkPolicies": {"enabled": False},
         "podDisruptionBudgets": {"enabled": False},
+        "ffn": {"checkLayout": False},
     },
     "everything named": {
         "image": {"registry": "r.example/x/", "tag": "7", "pullSecrets": ["pull"]},
@@ -542,9 +544,10 @@ def peers(rendered: Rendered, peer: Object) -> list[str]:
 
 def test_the_network_lets_through_what_the_architecture_has(rendered: Rendered) -> None:
     wanted = rendered.values["networkPolicies"]
-    expected = {("gateway", "attention", "grpc"), ("attention", "ffn", "grpc"), ("*", "test", "*")}
+    expected = {("gateway", "attention", "grpc"), ("attention", "ffn", "grpc")}
+    expected |= {("*", task.role, "*") for task in rendered.workloads if task.role in TASKS}
     if not rendered.values["redis"]["external"]["secret"]:
-        expected |= {(role, "redis", "redis") for role in ROLES}
+        expected |= {(each.role, "redis", "redis") for each in rendered.workloads if each.role in (*ROLES, "layout")}
     if wanted["nixl"]:
         expected -= {("attention", "ffn", "grpc")}
         expected |= {("attention", "ffn", "*"), ("ffn", "attention", "*")}
@@ -676,6 +679,27 @@ def test_groups_of_shards_of_a_mesh_that_serves_are_not_replaced_at_once(tmp_pat
         for values in ({"shards": 3, "leaderWorkerSet": True}, {"shards": 2}):
             with pytest.raises(helm_python.HelmError, match="and the mesh has mesh-afd-ffn-of-2: keep"):
                 install({**LEAST, "ffn": values}, cluster.kubeconfig)
+
+
+def test_shards_that_serve_are_looked_for_before_an_upgrade_and_a_rollback(rendered: Rendered) -> None:
+    jobs, ffn = rendered.of_role("layout"), rendered.values["ffn"]
+    assert len(jobs) == ffn["checkLayout"]
+    for job in jobs:
+        annotations = job.manifest["metadata"]["annotations"]
+        assert annotations["helm.sh/hook"] == "pre-upgrade,pre-rollback"
+        assert job.manifest["spec"]["backoffLimit"] == 0, "it would be refused once more"
+        assert job.manifest["spec"]["activeDeadlineSeconds"] < 300, "as long as Helm waits"
+        shell, option, ask = job.container["command"]
+        assert (shell, option) == ("sh", "-c")
+        _, command = ask.split(" exec afd layout ")
+        layout = typer.main.get_command(app).commands["layout"]  # type: ignore[attr-defined]
+        wanted = layout.make_context("layout", [*command.split(), "--redis", "redis://r"]).params["require"]
+        assert wanted == [number for number in (ffn["shards"], ffn["nextShards"]) if number]
+        (url, mesh, *_) = job.container["env"]
+        service = {each["name"]: each for each in rendered.services[0].container["env"]}
+        assert mesh == service["AFD_MESH"]
+        reference = url["valueFrom"]["secretKeyRef"]
+        assert reference == {**service["AFD_REDIS"]["valueFrom"]["secretKeyRef"], "optional": True}
 
 
 def test_an_installation_that_stopped_half_way_is_finished_by_an_upgrade(tmp_path: Path) -> None:

@@ -116,6 +116,16 @@ class Node:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def check_layout(self, rendered: Rendered, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The hook of an upgrade or a rollback to this, by its own shell."""
+        (job,) = rendered.of_role("layout")
+        (gateway,) = rendered.of_role("gateway")
+        command = [word.replace("exec afd", f"exec {sys.executable} -m afd") for word in job.container["command"]]
+        environment = self.environment(rendered, gateway)
+        given = {each["name"] for each in job.container["env"]}
+        kept = {name: value for name, value in environment.items() if not name.startswith("AFD_") or name in given}
+        return subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=60, check=False)
+
     def helm_test(self, rendered: Rendered, key: str) -> str:
         (test,) = rendered.of_role("test")
         target = {"mesh-afd-gateway:50051": f"{self.addresses['mesh-afd-gateway']}:50051"}
@@ -147,8 +157,14 @@ def test_they_serve_and_are_resharded(node: Node) -> None:
     assert answer.strip()
     both = render({**VALUES, "ffn": {"shards": 2, "nextShards": 3}})
     node.apply(both)
-    assert node.run(both, "afd", "layout", "3") == "mesh llm.mesh has 3 FFN shards, in epoch 2\n"
     three = render({**VALUES, "ffn": {"shards": 3}})
+    refused = node.check_layout(three)
+    sentence = "mesh llm.mesh has 2 FFN shards, in epoch 1, and nobody would serve with 3 alone: keep the 2"
+    assert (refused.returncode, sentence in refused.stderr) == (1, True)
+    assert node.run(both, "afd", "layout", "3") == "mesh llm.mesh has 3 FFN shards, in epoch 2\n"
+    assert node.check_layout(two).returncode == 1, "a rollback, or another set that ends too early"
+    assert node.check_layout(three).returncode == 0
+    assert node.check_layout(two, AFD_REDIS="").returncode == 0, "no Secret yet"
     node.apply(three)
     assert sorted(node.pods) == sorted(
         ["mesh-afd-attention", "mesh-afd-gateway", *(f"mesh-afd-ffn-{shard}-of-3" for shard in range(3))]

@@ -19,31 +19,8 @@ metadata:
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  enableServiceLinks: false  # AFD_FFN_PORT=tcp://... is no setting
-  automountServiceAccountToken: false
+  {{- include "afd.anyPod" (dict "root" $root "values" $values "user" 10001) | nindent 2 }}
   terminationGracePeriodSeconds: {{ add $root.Values.drainSeconds 15 }}
-  securityContext:
-    runAsNonRoot: true
-    runAsUser: 10001
-    runAsGroup: 10001
-    fsGroup: 10001
-    fsGroupChangePolicy: OnRootMismatch
-    seccompProfile: {type: RuntimeDefault}
-  {{- with $root.Values.image.pullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . | quote }}
-    {{- end }}
-  {{- end }}
-  {{- with dig "runtimeClass" "" $values }}
-  runtimeClassName: {{ . | quote }}
-  {{- end }}
-  {{- with $values.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $values.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
-  {{- end }}
   {{- if $values.affinity }}
   affinity: {{- toYaml $values.affinity | nindent 4 }}
   {{- else if and $isCompute $root.Values.rail.topologyKey }}
@@ -67,13 +44,10 @@ spec:
       image: {{ include "afd.image" . }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       securityContext:
-        allowPrivilegeEscalation: false
-        readOnlyRootFilesystem: true
-        capabilities:
-          drop: [ALL]
-          {{- if $nics }}
+        {{- include "afd.restricted" . | nindent 8 }}
+        {{- if $nics }}
           add: [IPC_LOCK]  # memory that a network card reads is pinned
-          {{- end }}
+        {{- end }}
       ports:
         - {name: grpc, containerPort: 50051}
         - {name: health, containerPort: 50050}
@@ -189,4 +163,40 @@ spec:
     - {name: redis-ca, secret: {secretName: {{ .secret | quote }}, items: [{key: {{ .caKey | quote }}, path: ca.crt}]}}
     {{- end }}
     {{- end }}
+{{- end -}}
+
+{{- /* What every pod has, whatever is in it: (root, values that say where it may run, and the user that the image knows). */ -}}
+{{- define "afd.anyPod" -}}
+enableServiceLinks: false  # AFD_FFN_PORT=tcp://... is no setting
+automountServiceAccountToken: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: {{ .user }}
+  runAsGroup: {{ .user }}
+  fsGroup: {{ .user }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
+{{- with dig "runtimeClass" "" .values }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with .values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- /* What every container may do: next to nothing. */ -}}
+{{- define "afd.restricted" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
 {{- end -}}
