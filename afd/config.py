@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from afd.address import joined
 from afd.errors import ConfigError
 
 ENV_PREFIX = "AFD_"
 CLIENT_VARIABLES = ("AFD_API_KEY", "AFD_CA")  # of `afd generate` and `afd chat`; no settings of a service
-_ANY_HOST = ("", "0.0.0.0", "::", "[::]")
+_ANY_HOST = ("", "0.0.0.0", "::")
 PUBLIC = "public"  # the folder of what the gateway shows its clients, beside those of the roles
 _MOST_MICROBATCHES = 64
 _MOST_AUTO_MICROBATCHES = 4  # enough while the way takes no longer than two stages (docs/adr/0007)
@@ -43,6 +44,11 @@ def parse_redis(value: object) -> object:
     if not re.match(r"(rediss?(\+(sentinel|cluster))?|unix)://", str(value)):
         raise ValueError("give a URL like redis://HOST:PORT; docs/redis.md has the other forms")
     return value
+
+
+def parse_host(value: object) -> object:
+    """[::1] is ::1."""
+    return value[1:-1] if isinstance(value, str) and re.fullmatch(r"\[.*\]", value) else value
 
 
 def parse_shard(value: object) -> object:
@@ -75,6 +81,9 @@ def parse_cpus(value: object) -> tuple[int, ...]:
     return tuple(cpus)
 
 
+Host = Annotated[str, BeforeValidator(parse_host)]
+
+
 class ServiceSettings(BaseSettings):
     """What all services share."""
 
@@ -90,8 +99,8 @@ class ServiceSettings(BaseSettings):
         default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}",
         description="this replica's name in the registry, unique in the mesh",
     )
-    host: str = Field("127.0.0.1", description="address to listen on")
-    advertise_host: str | None = Field(
+    host: Host = Field("127.0.0.1", description="address to listen on; :: is any, of IPv4 and of IPv6")
+    advertise_host: Host | None = Field(
         None,
         description="address that others reach this replica by; default: host, or this machine's name for any",
     )
@@ -117,9 +126,13 @@ class ServiceSettings(BaseSettings):
     def advertised_host(self) -> str:
         return self.advertise_host or (socket.gethostname() if self.host in _ANY_HOST else self.host)
 
+    def address(self, port: int) -> str:
+        """Where others reach a port of this replica."""
+        return joined(self.advertised_host, port)
+
     def grpc_address(self, port: int) -> str:
-        """Where others reach this replica, which listens on a port."""
-        return f"{self.advertised_host}:{self.advertise_port or port}"
+        """Where others reach the gRPC service, which listens on a port."""
+        return self.address(self.advertise_port or port)
 
     @property
     def is_loopback(self) -> bool:

@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
+from afd.address import joined
 from afd.aio_server import make_server
 from afd.errors import ConfigError
 from afd.rpc import Context
@@ -45,9 +46,9 @@ async def answering_probes(host: str, port: int | None, is_ready: Callable[[], b
     server = make_server((), (("grpc.so_reuseport", 0),))
     health_pb2_grpc.add_HealthServicer_to_server(_Health(is_ready), server)
     try:
-        server.add_insecure_port(f"{host}:{port}")
+        server.add_insecure_port(joined(host, port))
     except RuntimeError:
-        raise ConfigError(f"cannot answer probes on {host}:{port}: the port is taken") from None
+        raise ConfigError(f"cannot answer probes on {joined(host, port)}: the port is taken") from None
     await server.start()
     try:
         yield

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afd.config import PUBLIC, SETTINGS_OF, load_settings, refuse_plain_text
+from afd.address import joined
+from afd.config import PUBLIC, SETTINGS_OF, load_settings, parse_host, refuse_plain_text
 from afd.errors import ConfigError
 from afd.forkserver import ForkedProcess, ForkServer, Order
 from afd.model.checkpoint import Checkpoint
@@ -398,7 +399,7 @@ def running_mesh(options: MeshOptions, fork_server: ForkServer | None = None) ->
 
 def _refuse_taken_ports(options: MeshOptions) -> None:
     """At once, not when all but the gateway is ready."""
-    host = options.settings.get("host") or os.environ.get("AFD_HOST") or "127.0.0.1"
+    host = str(parse_host(options.settings.get("host") or os.environ.get("AFD_HOST") or "127.0.0.1"))
     for name, port in (("--grpc-port", options.grpc_port), ("--http-port", options.http_port)):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -406,7 +407,9 @@ def _refuse_taken_ports(options: MeshOptions) -> None:
                 probe.bind((host, port))
             except OSError as error:
                 way_out = name if error.errno in (errno.EADDRINUSE, errno.EACCES) else "AFD_HOST"
-                raise ConfigError(f"{host}:{port} cannot be had ({error.strerror}): give another {way_out}") from None
+                raise ConfigError(
+                    f"{joined(host, port)} cannot be had ({error.strerror}): give another {way_out}"
+                ) from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from afd import tls
+from afd.address import joined
 from afd.errors import (
     AfdError,
     Cancelled,
@@ -240,14 +241,15 @@ async def serving(
     options = {**dict(_SERVER_OPTIONS), **dict(access.options if access else ())}
     server = make_server(interceptors, tuple(options.items()))
     add_services(server)
+    address = joined(host, port)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        bound_port = _listen(server, f"{host}:{port}", access.credentials if access else None)
+        bound_port = _listen(server, address, access.credentials if access else None)
     except RuntimeError:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: the port is taken or the address is not this machine's"
+            f"cannot listen on {address}: the port is taken or the address is not this machine's"
         ) from None
     await server.start()
     for name in ("", *service_names):

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, Sa
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
+from afd.address import joined
 from afd.config import ServiceSettings
 from afd.errors import ConfigError
 
@@ -170,7 +171,7 @@ def serve_metrics(host: str, port: int, patience_s: float = 10.0) -> int:
     try:
         server, _ = prometheus_client.start_http_server(port, host)
     except OSError as error:
-        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from None
+        raise ConfigError(f"cannot serve metrics on {joined(host, port)}: {error.strerror}") from None
     server.RequestHandlerClass.timeout = patience_s  # type: ignore[attr-defined]
     server.handle_error = _forget_it  # type: ignore[method-assign]
     return int(server.server_port)

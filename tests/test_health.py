@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc.aio
 import pytest
+from fastapi import FastAPI
 
-from afd.errors import ConfigError
+from afd.address import joined
+from afd.errors import ConfigError, PeerUnavailable
 from afd.health import ALIVE, READY, answering_probes, probe
+from afd.rpc import serving
+from afd.scrape import scrape
+from services.gateway.http_server import HttpLimits, serving_http
 from tests.conftest import Model
 from tests.redis_servers import Server, free_port, until
 
@@ -29,6 +37,29 @@ async def test_a_service_is_ready_while_it_says_so() -> None:
         assert await asyncio.to_thread(probe, ALIVE, port) is None
         assert await asyncio.to_thread(probe, "ffn", port) == 'there is "" and "ready", no "ffn"'
     assert "onnect" in str(await asyncio.to_thread(probe, ALIVE, port))
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+async def test_services_are_reached_by_ipv6_and_on_any_address_by_both() -> None:
+    port = free_port()
+    async with answering_probes("::", port, lambda: True):
+        assert await asyncio.to_thread(probe, READY, port) is None
+    async with (
+        serving(lambda server: None, (), "::1", 0) as port,
+        grpc.aio.insecure_channel(f"[::1]:{port}") as channel,
+    ):
+        await asyncio.wait_for(channel.channel_ready(), 5)
+    async with serving_http(FastAPI(), "::", 0, HttpLimits(1024, 5.0), None) as port:
+        for address in (joined("::1", port), joined("127.0.0.1", port)):
+            with pytest.raises(PeerUnavailable, match="404"):
+                await asyncio.to_thread(scrape, address)
 
 
 async def test_a_port_that_is_taken_is_a_sentence() -> None:

@@ -67,6 +67,18 @@ def test_others_reach_a_replica_where_it_listens_unless_told_otherwise(environme
     assert load_settings(GatewaySettings).advertised_host == "gateway-1"
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_stands_in_brackets_where_a_port_follows(environment: pytest.MonkeyPatch, host: str) -> None:
+    environment.setenv("AFD_HOST", host)
+    settings = load_settings(GatewaySettings)
+    assert (settings.host, settings.is_loopback) == ("::1", True)
+    assert (settings.address(8000), settings.grpc_address(50051)) == ("[::1]:8000", "[::1]:50051")
+    environment.setenv("AFD_ADVERTISE_HOST", "fd00::7")
+    assert load_settings(GatewaySettings).grpc_address(50051) == "[fd00::7]:50051"
+    environment.setenv("AFD_ADVERTISE_HOST", "10.1.2.3")
+    assert load_settings(GatewaySettings).grpc_address(50051) == "10.1.2.3:50051"
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load_settings(FFNSettings).dtype = "float32"  # type: ignore[misc]

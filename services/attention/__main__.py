@@ -177,7 +177,7 @@ async def _serve_engine(
             fingerprint=checkpoint.fingerprint,
             pid=os.getpid(),
             max_context_tokens=max_context_tokens,
-            metrics_address=f"{settings.advertised_host}:{metrics_port}",
+            metrics_address=settings.address(metrics_port),
             capacity={"sequences": settings.max_sequences, "kv_blocks": engine.scheduler.blocks.num_blocks},
         )
 

@@ -78,7 +78,7 @@ async def _serve_batcher(
             fingerprint=checkpoint.fingerprint,
             pid=os.getpid(),
             shard=settings.shard,
-            metrics_address=f"{settings.advertised_host}:{metrics_port}",
+            metrics_address=settings.address(metrics_port),
             transports=possible_transports(),
             capacity={"frame_tokens": settings.max_frame_tokens},
         )

@@ -92,8 +92,8 @@ async def serve(settings: GatewaySettings, stop: StopSignal) -> None:
                     address=settings.grpc_address(grpc_port),
                     fingerprint=balancer.fingerprint,
                     pid=os.getpid(),
-                    http_address=f"{settings.advertised_host}:{http_port}",
-                    metrics_address=f"{settings.advertised_host}:{http_port}",
+                    http_address=settings.address(http_port),
+                    metrics_address=settings.address(http_port),
                     capacity={"requests": settings.max_requests},
                 )
 

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from afd.address import joined
 from afd.errors import ConfigError
 from afd.tls import Certificate
 
@@ -140,10 +141,12 @@ async def serving_http(
     """Runs the HTTP server while the block runs; yields its port. Raises ConfigError if it is taken."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # :: is any, of both families
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} for HTTP: {error.strerror}") from None
+        raise ConfigError(f"cannot listen on {joined(host, port)} for HTTP: {error.strerror}") from None
     config = uvicorn.Config(
         app,
         http=partial(BoundedProtocol, limits=limits),  # type: ignore[arg-type]
