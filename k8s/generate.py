@@ -27,10 +27,19 @@ DECIDED = {
 }  # fmt: skip
 
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_LABEL = {"type": "string", "pattern": r"^([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?$"}
+_LABELS = {"type": "object", "additionalProperties": _LABEL}
 _FREE = {"type": "object"}  # as Kubernetes has it, which knows itself what is wrong
-_QUANTITIES = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+_NAME = {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"}  # of something in the cluster
+_HOSTNAMES = {"type": "array", "items": {"type": "string", "pattern": r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"}}
+_TAG = {"type": "string", "pattern": r"^(\w[\w.-]{0,127})?$"}
+_FOLDER = {"type": "string", "pattern": "^(/.*)?$"}
+_SIZE = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|[eE][+-]?[0-9]+)?"
+_QUANTITY = {"type": ["string", "number"], "pattern": f"^{_SIZE}$", "minimum": 0}
+_QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
 _SECONDS = {"type": "integer", "minimum": 1, "maximum": 86400}
 _KEPT_LABELS = r"^(app\.kubernetes\.io/(name|instance|component)|afd/.*)$"
+_SET_LABELS = r"^(app\.kubernetes\.io/(name|instance|component|version|managed-by)|helm\.sh/chart|grafana_dashboard)$"
 _ISSUER = {
     "type": "object",
     "additionalProperties": False,
@@ -44,22 +53,44 @@ _ISSUER = {
 _REPLICAS = {"type": "integer", "minimum": 0, "maximum": 10_000}
 _SCALED = {"type": "integer", "minimum": 1, "maximum": 10_000}
 _SHARDS = {"type": "integer", "minimum": 0, "maximum": 256}
-_EXTRA_ENV = {"type": "array", "items": {"type": "object", "required": ["name"]}}
+_NAMED: dict[str, Any] = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string", "minLength": 1}},
+}
+_MOUNT_PATH = {"type": "string", "pattern": "^/[^:]*[^:/]$"}
+_MOUNT = {**_NAMED, "required": ["name", "mountPath"], "properties": {**_NAMED["properties"], "mountPath": _MOUNT_PATH}}
 
 # By path or last name: what the default alone does not tell.
 _SHAPES: dict[str, Any] = {
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "image.registry": {"type": "string", "pattern": "^(.*/)?$"},
-    "image.pullSecrets": {"type": "array", "items": {"type": "string"}},
+    "image.tag": _TAG,
+    "imageTag": _TAG,
+    "image.pullSecrets": {"type": "array", "items": {**_NAME, "minLength": 1}},
+    "model.persistentVolumeClaim": _NAME,
+    "hostPath": _FOLDER,
+    "model.subPath": {"type": "string", "not": {"pattern": r"^/|(^|/)\.\.(/|$)"}},
     "model.dtype": {"enum": list(get_args(DtypeName))},
     "mesh": {"type": "string", "pattern": r"^[\w.-]*$"},
     "startupSeconds": _SECONDS,
     "drainSeconds": _SECONDS,
+    "host": {"enum": ["0.0.0.0", "::"]},
+    "serviceAccount": _NAME,
     "tls.certManager.issuer": _ISSUER,
-    "tls.certManager.publicNames": {"type": "array", "items": {"type": "string"}},
+    "tls.certManager.publicIssuer": _ISSUER,
+    "tls.certManager.publicNames": _HOSTNAMES,
+    "tls.secrets.gateway": _NAME,
+    "tls.secrets.attention": _NAME,
+    "tls.secrets.ffn": _NAME,
+    "tls.secrets.public": _NAME,
+    "sharedMemory.size": {"type": "string", "pattern": f"^{_SIZE}$"},
     "telemetry.otlpEndpoint": {"type": "string", "pattern": "^(https?://.*)?$"},
     "gateway.service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "gateway.service.annotations": _TEXTS,
+    "gateway.service.ipFamilyPolicy": {"enum": ["", "SingleStack", "PreferDualStack", "RequireDualStack"]},
+    "gateway.route.parents": {"type": "array", "items": _NAMED},
+    "gateway.route.hostnames": _HOSTNAMES,
     "replicas": _REPLICAS,
     "minReplicas": _SCALED,
     "maxReplicas": _SCALED,
@@ -67,21 +98,31 @@ _SHAPES: dict[str, Any] = {
     "attention.autoscaling.prometheus": {"type": "string", "pattern": "^(https?://.+)?$"},
     "attention.autoscaling.waitingPerReplica": {"type": "integer", "minimum": 1},
     "attention.autoscaling.kvUse": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "attention.autoscaling.triggerAuthentication": _NAME,
+    "attention.autoscaling.authModes": {"enum": ["bearer", "basic", "tls", "custom"]},
+    "runtimeClass": _NAME,
+    "priorityClass": _NAME,
     "gpu.count": {"type": "integer", "minimum": 0, "maximum": 1},
     "ffn.shards": _SHARDS,
     "ffn.nextShards": _SHARDS,
     "redis.maxMemory": {"type": "string", "pattern": "^[1-9][0-9]*(kb|mb|gb)$"},
-    "monitoring.labels": _TEXTS,
+    "redis.external.secret": _NAME,
+    "redis.image": {"type": "string", "pattern": r"^[\w.:/@-]+$"},
+    "redis.storage": {"type": "string", "pattern": f"^({_SIZE})?$"},
+    "redis.storageClass": _NAME,
+    "monitoring.labels": {**_LABELS, "propertyNames": {"not": {"pattern": _SET_LABELS}}},
     "requests": _QUANTITIES,
     "limits": _QUANTITIES,
-    "nodeSelector": _TEXTS,
+    "nodeSelector": _LABELS,
     "affinity": _FREE,
     "tolerations": {"type": "array", "items": _FREE},
     "clients": {"type": "array", "items": _FREE},
     "metrics": {"type": "array", "items": _FREE},
-    "podLabels": {**_TEXTS, "propertyNames": {"not": {"pattern": _KEPT_LABELS}}},
+    "podLabels": {**_LABELS, "propertyNames": {"not": {"pattern": _KEPT_LABELS}}},
     "podAnnotations": _TEXTS,
-    "extraEnv": _EXTRA_ENV,
+    "extraEnv": {"type": "array", "items": _NAMED},
+    "extraVolumes": {"type": "array", "items": _NAMED},
+    "extraVolumeMounts": {"type": "array", "items": _MOUNT},
 }
 
 

@@ -22,6 +22,7 @@ import yaml
 from afd.cli import app
 from afd.config import SETTINGS_OF, ServiceSettings, load_settings, parse_microbatches, refuse_plain_text
 from afd.tls import name_of
+from afd.v1 import gateway_pb2
 from tests.fake_cluster import fake_cluster
 from tests.redis_servers import one_server
 from tests.test_redis_secured import acl_rules, use_everything
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "k8s" / "afd"
 KUBERNETES = "1.32"
 # Kinds that Kubernetes does not know by itself, and kubernetes-validate not at all.
-OTHERS_KINDS = {"Certificate", "LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject"}
+OTHERS_KINDS = {"Certificate", "HTTPRoute", "LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject"}
 ROLES = ("gateway", "attention", "ffn")
 TASKS = ("layout", "test")
 WORKLOADS = ("Deployment", "StatefulSet", "LeaderWorkerSet", "Job", "Pod")
@@ -72,6 +73,51 @@ CASES: dict[str, Object] = {
         },
         "attention": {"affinity": {"nodeAffinity": {}}, "settings": {"cpus": "0,2-3", "microbatches": 4}},
         "rail": {"topologyKey": "rail"},
+    },
+    "where the namespace decides": {
+        "model": LEAST["model"],
+        "tls": {
+            "certManager": {
+                "issuer": {"name": "inner"},
+                "publicIssuer": {"name": "acme", "kind": "ClusterIssuer"},
+                "publicNames": ["llm.example.com"],
+            }
+        },
+        "host": "::",
+        "serviceAccount": "llm",
+        "fixedUsers": False,
+        "topologySpread": False,
+        "telemetry": {"otlpEndpoint": "http://collector:4317"},
+        "gateway": {
+            "service": {
+                "type": "LoadBalancer",
+                "loadBalancerClass": "a.example/lb",
+                "ipFamilyPolicy": "PreferDualStack",
+            },
+            "route": {"parents": [{"name": "public", "namespace": "ingress"}], "hostnames": ["llm.example.com"]},
+            "nodeSelector": {"pool": "general"},
+            "tolerations": [{"operator": "Exists"}],
+            "priorityClass": "high",
+            "extraEnv": [{"name": "OTEL_EXPORTER_OTLP_HEADERS", "value": "a=b"}],
+            "extraVolumes": [{"name": "proxy", "configMap": {"name": "proxy"}}],
+            "extraVolumeMounts": [{"name": "proxy", "mountPath": "/etc/proxy"}],
+        },
+        "attention": {
+            "autoscaling": {
+                "enabled": True,
+                "prometheus": "https://prometheus:9090",
+                "triggerAuthentication": "who-asks",
+                "authModes": "basic",
+            }
+        },
+        "networkPolicies": {
+            "metrics": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+        },
+        "podDisruptionBudgets": {"redis": True},
+    },
+    "certificates of both kinds": {
+        "model": LEAST["model"],
+        "tls": {"certManager": {"issuer": {"name": "inner"}}, "secrets": {"public": "d"}},
     },
 }
 
@@ -260,8 +306,9 @@ def test_selectors_find_their_own_pods_and_no_others(rendered: Rendered) -> None
 
 def test_pods_spread_by_their_own_kind_and_prefer_the_rail_of_the_other(rendered: Rendered) -> None:
     for workload in rendered.services:
-        (spread,) = workload.spec["topologySpreadConstraints"]
-        assert matches(spread["labelSelector"]["matchLabels"], workload.labels)
+        spreads = workload.spec.get("topologySpreadConstraints", [])
+        assert len(spreads) == rendered.values["topologySpread"]
+        assert all(matches(spread["labelSelector"]["matchLabels"], workload.labels) for spread in spreads)
         wants_rail = workload.role != "gateway" and rendered.values["rail"]["topologyKey"]
         if not wants_rail or rendered.values[workload.role]["affinity"]:
             assert workload.spec.get("affinity", {}) == rendered.values[workload.role]["affinity"]
@@ -295,8 +342,9 @@ def test_what_scales_and_names_others_names_what_is_there(rendered: Rendered) ->
 
 def test_every_role_has_a_budget_unless_that_is_not_wanted(rendered: Rendered) -> None:
     budgets = {each["metadata"]["name"]: each["spec"]["maxUnavailable"] for each in rendered.of("PodDisruptionBudget")}
-    wanted = rendered.values["podDisruptionBudgets"]["enabled"]
-    assert budgets == ({f"mesh-afd-{role}": 1 for role in ROLES} if wanted else {})
+    wanted = rendered.values["podDisruptionBudgets"]
+    of_redis = {"mesh-afd-redis": 0} if wanted["redis"] else {}
+    assert budgets == ({f"mesh-afd-{role}": 1 for role in ROLES} | of_redis if wanted["enabled"] else {})
 
 
 # --- the pods ---
@@ -382,10 +430,11 @@ def test_pods_may_do_as_little_as_they_can(rendered: Rendered) -> None:
         assert (spec["enableServiceLinks"], spec["automountServiceAccountToken"]) == (False, False)
         assert spec["securityContext"]["runAsNonRoot"]
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        if workload.role in ROLES:
-            (user,) = re.findall(r"^USER (\d+):(\d+)$", dockerfile(workload.role), re.MULTILINE)
-            asked = spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]
-            assert asked == tuple(map(int, user))
+        (user,) = re.findall(r"^USER (\d+):\1$", dockerfile("gateway"), re.MULTILINE)
+        asked = {spec["securityContext"].get(name) for name in ("runAsUser", "runAsGroup", "fsGroup")}
+        fixed = 999 if workload.role == "redis" else int(user)
+        assert asked == {fixed if rendered.values["fixedUsers"] else None}
+        assert spec.get("serviceAccountName", "") == rendered.values["serviceAccount"]
         assert (container["allowPrivilegeEscalation"], container["readOnlyRootFilesystem"]) == (False, True)
         has_rdma = rendered.values.get(workload.role, {}).get("rdma", {}).get("count", 0) > 0
         assert container["capabilities"] == {"drop": ["ALL"], **({"add": ["IPC_LOCK"]} if has_rdma else {})}
@@ -404,6 +453,24 @@ def test_pods_have_the_image_of_their_role_and_the_devices_that_were_asked_for(r
             device["resource"]: device["count"] for device in devices
         }
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == "0.1.0"
+
+
+def test_pods_run_where_their_values_say_and_tasks_where_gateways_do(rendered: Rendered) -> None:
+    names = {"nodeSelector": "nodeSelector", "tolerations": "tolerations", "priorityClassName": "priorityClass"}
+    for workload in rendered.workloads:
+        values = rendered.values["gateway" if workload.role in TASKS else workload.role]
+        for name, value in names.items():
+            assert workload.spec.get(name) == (values[value] or None), workload.name
+
+
+def test_further_volumes_are_those_of_their_role() -> None:
+    for workload in case("where the namespace decides").services:
+        mounted = {"name": "proxy", "mountPath": "/etc/proxy"} in workload.container["volumeMounts"]
+        assert mounted == (workload.role == "gateway")
+
+
+def test_all_images_have_the_same_user() -> None:
+    assert len({re.search(r"^USER .*$", dockerfile(role), re.MULTILINE)[0] for role in ROLES}) == 1  # type: ignore[index]
 
 
 def test_a_pod_that_stops_has_the_time_to_drain(rendered: Rendered) -> None:
@@ -464,6 +531,7 @@ def test_services_start_with_the_settings_that_the_values_say(
         settings = settings_of(rendered, workload, monkeypatch)
         assert settings.replica_id == f"{workload.name}-0"
         assert settings.grpc_address(settings.grpc_port) == "10.1.2.3:50051"
+        assert settings.host == values["host"]
         assert settings.mesh == (values["mesh"] or "llm.mesh")
         assert settings.insecure == values["insecure"]
         assert (settings.tls is None) == values["insecure"]
@@ -561,21 +629,50 @@ def test_the_network_lets_through_what_the_architecture_has(rendered: Rendered) 
     assert edges(rendered) == expected
 
 
+def test_a_route_leads_to_both_ports_of_the_gateway() -> None:
+    rendered = case("where the namespace decides")
+    (route,) = rendered.of("HTTPRoute")
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "ingress"}]
+    to_grpc, to_http = route["spec"]["rules"]
+    (match,) = to_grpc["matches"]
+    assert match["path"]["value"] == f"/{gateway_pb2.DESCRIPTOR.services_by_name['GatewayService'].full_name}"
+    (service,) = [each for each in rendered.of("Service") if each["metadata"]["name"] == "mesh-afd-gateway"]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    for rule, port in ((to_grpc, "grpc"), (to_http, "http")):
+        assert rule["backendRefs"] == [{"name": "mesh-afd-gateway", "port": ports[port]}]
+    found = service["spec"]["loadBalancerClass"], service["spec"]["ipFamilyPolicy"]
+    assert found == ("a.example/lb", "PreferDualStack")
+
+
+def test_scaling_says_who_asks_where_prometheus_wants_to_know() -> None:
+    (with_one,), (without,) = (case(name).of("ScaledObject") for name in ("where the namespace decides", "mixed-cards"))
+    for trigger in with_one["spec"]["triggers"]:
+        assert trigger["authenticationRef"] == {"name": "who-asks"}
+        assert trigger["metadata"]["authModes"] == "basic"
+    assert not any(
+        "authenticationRef" in each or "authModes" in each["metadata"] for each in without["spec"]["triggers"]
+    )
+
+
 def test_certificates_are_for_the_names_that_the_services_ask_for(rendered: Rendered) -> None:
     certificates = {
         each["metadata"]["name"].removeprefix("mesh-afd-"): each["spec"] for each in rendered.of("Certificate")
     }
-    issuer = rendered.values["tls"]["certManager"]["issuer"]
-    assert set(certificates) == ({*ROLES, "public"} if issuer else set())
+    manager, secrets = rendered.values["tls"]["certManager"], rendered.values["tls"]["secrets"]
+    issuer = manager["issuer"]
+    made = {role for role in (*ROLES, "public") if issuer and not secrets[role]}
+    assert set(certificates) == made
     for role in ROLES if issuer else ():
         assert certificates[role]["dnsNames"] == [name_of(role)]
         assert {"server auth", "client auth"} <= set(certificates[role]["usages"])
-    if issuer:
+        assert certificates[role]["issuerRef"] == issuer
+    if "public" in made:
         public = certificates["public"]
-        assert {"mesh-afd-gateway", "mesh-afd-gateways.llm.svc"} <= set(public["dnsNames"])
-        assert set(rendered.values["tls"]["certManager"]["publicNames"]) <= set(public["dnsNames"])
+        in_cluster = {"mesh-afd-gateway", "mesh-afd-gateways.llm.svc"}
+        assert set(manager["publicNames"]) <= set(public["dnsNames"])
+        assert in_cluster & set(public["dnsNames"]) == (set() if manager["publicIssuer"] else in_cluster)
         assert "client auth" not in public["usages"]
-        assert all(spec["issuerRef"] == issuer for spec in certificates.values())
+        assert public["issuerRef"] == (manager["publicIssuer"] or issuer)
 
 
 def test_a_pod_has_the_certificate_of_its_role_where_its_settings_say(
@@ -753,6 +850,69 @@ REFUSED: dict[str, tuple[Object, str]] = {
         changed(attention={"extraEnv": [{"name": "WORKER_INDEX"}]}),
         "attention.extraEnv has WORKER_INDEX: AFD_*",
     ),
+    "a variable twice": (
+        changed(ffn={"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}),
+        "ffn.extraEnv has A twice: a variable has one value",
+    ),
+    "a variable that the chart sets": (
+        changed(telemetry={"otlpEndpoint": "http://c:4317"}, ffn={"extraEnv": [{"name": "OTEL_RESOURCE_ATTRIBUTES"}]}),
+        "ffn.extraEnv has OTEL_RESOURCE_ATTRIBUTES, which telemetry.otlpEndpoint sets: leave one of them out",
+    ),
+    "a volume that is there": (
+        changed(ffn={"extraVolumes": [{"name": "shm", "emptyDir": {}}]}),
+        "ffn.extraVolumes has shm, which is there already: give it another name",
+    ),
+    "a mount of no volume": (
+        changed(ffn={"extraVolumeMounts": [{"name": "x", "mountPath": "/x"}]}),
+        "ffn.extraVolumeMounts has x, and no volume is called so: add it to ffn.extraVolumes",
+    ),
+    "a mount over another one": (
+        changed(ffn={"extraVolumeMounts": [{"name": "tmp", "mountPath": "/model"}]}),
+        "ffn.extraVolumeMounts has /model, where something is mounted already: choose another place",
+    ),
+    "a mount at no place": (
+        changed(ffn={"extraVolumeMounts": [{"name": "tmp", "mountPath": "x"}]}),
+        "at '/ffn/extraVolumeMounts/0/mountPath'",
+    ),
+    "a variable without a name": (changed(ffn={"extraEnv": [{"value": "1"}]}), "at '/ffn/extraEnv/0'"),
+    "memory of no size": (
+        changed(ffn={"resources": {"limits": {"memory": "8GB"}}}),
+        "at '/ffn/resources/limits/memory'",
+    ),
+    "storage of no size": (changed(redis={"storage": "much"}), "at '/redis/storage'"),
+    "shared memory of no size": (changed(sharedMemory={"size": ""}), "at '/sharedMemory/size'"),
+    "a model at no place": (changed(model={"name": "m", "hostPath": "models"}), "at '/model/hostPath'"),
+    "a model outside": (changed(model={**LEAST["model"], "subPath": "a/../../b"}), "at '/model/subPath'"),
+    "a tag that is none": (changed(image={"tag": "a b"}), "at '/image/tag'"),
+    "a tag with its image": (changed(ffn={"imageTag": "afd-ffn:1"}), "at '/ffn/imageTag'"),
+    "a registry without a slash": (changed(image={"registry": "ghcr.io/you"}), "at '/image/registry'"),
+    "a label that the chart sets": (
+        changed(monitoring={"labels": {"helm.sh/chart": "x"}}),
+        "invalid propertyName 'helm.sh/chart'",
+    ),
+    "a label that is none": (changed(monitoring={"labels": {"a": "b c"}}), "at '/monitoring/labels/a'"),
+    "a name that is none": (changed(serviceAccount="My_Account"), "at '/serviceAccount'"),
+    "an address of one pod": (changed(host="10.1.2.3"), "at '/host'"),
+    "a route to nowhere": (changed(gateway={"route": {"parents": [{}]}}), "at '/gateway/route/parents/0'"),
+    "an issuer without names": (
+        changed(insecure=False, tls={"certManager": {"issuer": {"name": "a"}, "publicIssuer": {"name": "b"}}}),
+        "tls.certManager.publicIssuer is set and publicNames is not",
+    ),
+    "what clients see twice": (
+        changed(
+            insecure=False,
+            tls={
+                "certManager": {"issuer": {"name": "a"}, "publicIssuer": {"name": "b"}, "publicNames": ["c"]},
+                "secrets": {"public": "d"},
+            },
+        ),
+        "tls.certManager.publicIssuer and tls.secrets.public are both set",
+    ),
+    "what clients see alone": (
+        changed(insecure=False, tls={"secrets": {"public": "d"}}),
+        "nothing says where certificates come from",
+    ),
+    "what clients see in plain text": (changed(tls={"secrets": {"public": "d"}}), "insecure is true, and tls says"),
     "a label that selectors go by": (
         changed(ffn={"podLabels": {"app.kubernetes.io/component": "x"}}),
         "invalid propertyName 'app.kubernetes.io/component'",
@@ -952,9 +1112,12 @@ def test_helm_test_asks_the_gateway_by_a_command_that_there_is(rendered: Rendere
     given = command.make_context(name, arguments).params
     service, port = given["target"].split(":")
     ports = {each["metadata"]["name"]: each["spec"]["ports"] for each in rendered.of("Service")}
+    manager = rendered.values["tls"]["certManager"]
+    ports |= dict.fromkeys(manager["publicNames"], ports["mesh-afd-gateway"])
     assert int(port) in [each["port"] for each in ports[service]]
     variables = {variable["name"] for variable in test.container.get("env", [])}
-    assert ("AFD_CA" in variables) == (not rendered.values["insecure"])
+    assert given["tls"] == bool(manager["publicIssuer"]), "everybody knows its CA"
+    assert ("AFD_CA" in variables) == (not rendered.values["insecure"] and not given["tls"])
     assert ("AFD_API_KEY" in variables) == rendered.values["gateway"]["requireApiKey"]
     assert test.manifest["metadata"]["annotations"]["helm.sh/hook"] == "test"
 
@@ -964,6 +1127,7 @@ def test_helm_test_asks_the_gateway_by_a_command_that_there_is(rendered: Rendere
 # The names that only one of compose.yaml and the chart sets, and why.
 ONLY_CHART = {
     "AFD_REPLICA_ID": "a pod's name is known to people; a container's is its host's",
+    "AFD_HOST": "pods may have IPv6 alone; compose takes the image's",
     "AFD_ADVERTISE_HOST": "pods have no names in DNS that others could use from the start",
     "AFD_STARTUP_TIMEOUT_S": "probes must wait as long",
     "AFD_DRAIN_TIMEOUT_S": "the grace period must be longer",

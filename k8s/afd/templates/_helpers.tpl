@@ -44,13 +44,17 @@ labels: {{- include "afd.labels" . | nindent 2 }}
 {{- end -}}
 {{- end -}}
 
-{{- /* The Secret with a role's certificate, or with the public one. */ -}}
+{{- /* The Secret with a role's certificate, or with the public one; empty without certificates. */ -}}
 {{- define "afd.certificate" -}}
-{{- if .root.Values.tls.certManager.issuer -}}
-{{ include "afd.name" .root }}-{{ .role }}-tls
-{{- else -}}
-{{ get .root.Values.tls.secrets .role }}
+{{- $made := ternary (printf "%s-%s-tls" (include "afd.name" .root) .role) "" (ne (include "afd.issuer" .) "") -}}
+{{ get .root.Values.tls.secrets .role | default $made }}
 {{- end -}}
+
+{{- /* Who makes the certificate of a role, or the public one, as JSON; empty where a Secret is given. */ -}}
+{{- define "afd.issuer" -}}
+{{- $tls := .root.Values.tls -}}
+{{- $issuer := ternary (default $tls.certManager.issuer $tls.certManager.publicIssuer) $tls.certManager.issuer (eq .role "public") -}}
+{{- if and $issuer (not (get $tls.secrets .role)) }}{{ toJson $issuer }}{{ end -}}
 {{- end -}}
 
 {{- define "afd.redisSecret" -}}

@@ -33,12 +33,14 @@ spec:
             labelSelector:
               matchLabels: {{- include "afd.selector" (dict "root" $root "role" (ternary "ffn" "attention" (eq .role "attention"))) | nindent 16 }}
   {{- end }}
+  {{- if $root.Values.topologySpread }}
   topologySpreadConstraints:
     - maxSkew: 1
       topologyKey: kubernetes.io/hostname
       whenUnsatisfiable: ScheduleAnyway
       labelSelector:
         matchLabels: {{- include "afd.selector" . | nindent 10 }}
+  {{- end }}
   containers:
     - name: {{ .role }}
       image: {{ include "afd.image" . }}
@@ -59,6 +61,7 @@ spec:
       env:
         - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
         - {name: AFD_REPLICA_ID, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        - {name: AFD_HOST, value: {{ $root.Values.host | quote }}}
         - {name: AFD_ADVERTISE_HOST, value: $(POD_IP)}
         - {name: AFD_MESH, value: {{ include "afd.mesh" $root | quote }}}
         - {name: AFD_REDIS, valueFrom: {secretKeyRef: {name: {{ include "afd.redisSecret" $root | quote }}, key: {{ $root.Values.redis.external.urlKey | quote }}}}}
@@ -92,10 +95,12 @@ spec:
       startupProbe:  # as long for the weights as for the parts that it needs
         grpc: {port: 50050, service: ready}
         periodSeconds: 2
+        timeoutSeconds: 5
         failureThreshold: {{ $root.Values.startupSeconds }}
       readinessProbe:  # weights loaded, pairs up, one forward passed, not told to stop
         grpc: {port: 50050, service: ready}
         periodSeconds: 5
+        timeoutSeconds: 5
       livenessProbe:  # its event loop answers
         grpc: {port: 50050, service: ""}
         periodSeconds: 10
@@ -136,6 +141,9 @@ spec:
         {{- if $root.Values.redis.external.caKey }}
         - {name: redis-ca, mountPath: /etc/afd/redis, readOnly: true}
         {{- end }}
+        {{- with $values.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: model
       {{- if $root.Values.model.persistentVolumeClaim }}
@@ -163,17 +171,25 @@ spec:
     - {name: redis-ca, secret: {secretName: {{ .secret | quote }}, items: [{key: {{ .caKey | quote }}, path: ca.crt}]}}
     {{- end }}
     {{- end }}
+    {{- with $values.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end -}}
 
 {{- /* What every pod has, whatever is in it: (root, values that say where it may run, and the user that the image knows). */ -}}
 {{- define "afd.anyPod" -}}
 enableServiceLinks: false  # AFD_FFN_PORT=tcp://... is no setting
 automountServiceAccountToken: false
+{{- with .root.Values.serviceAccount }}
+serviceAccountName: {{ . | quote }}
+{{- end }}
 securityContext:
   runAsNonRoot: true
+  {{- if .root.Values.fixedUsers }}
   runAsUser: {{ .user }}
   runAsGroup: {{ .user }}
   fsGroup: {{ .user }}
+  {{- end }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
 {{- with .root.Values.image.pullSecrets }}
@@ -184,6 +200,9 @@ imagePullSecrets:
 {{- end }}
 {{- with dig "runtimeClass" "" .values }}
 runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with .values.priorityClass }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}

@@ -27,7 +27,7 @@
 {{- include "afd.validateTls" .Values }}
 {{- include "afd.validateRedis" .Values.redis }}
 {{- include "afd.validateMetrics" .Values }}
-{{- include "afd.validateExtraEnv" .Values }}
+{{- include "afd.validateExtras" .Values }}
 {{- include "afd.validateReshard" . }}
 {{- end -}}
 
@@ -45,22 +45,30 @@
 
 {{- define "afd.validateTls" -}}
 {{- $issuer := .tls.certManager.issuer }}
+{{- $publicIssuer := .tls.certManager.publicIssuer }}
 {{- $given := list }}
 {{- $missing := list }}
-{{- range $role := list "gateway" "attention" "ffn" "public" }}
+{{- range $role := list "gateway" "attention" "ffn" }}
 {{- if get $.tls.secrets $role }}{{ $given = append $given $role }}{{ else }}{{ $missing = append $missing (printf "tls.secrets.%s" $role) }}{{ end }}
 {{- end }}
 {{- if and $issuer $given }}
-{{- fail "tls.certManager.issuer and tls.secrets are both set: certificates come from one of them" }}
+{{- fail "tls.certManager.issuer and tls.secrets are both set: the certificates of the roles come from one of them" }}
 {{- end }}
-{{- if and .insecure (or $issuer $given) }}
+{{- if and $publicIssuer .tls.secrets.public }}
+{{- fail "tls.certManager.publicIssuer and tls.secrets.public are both set: what clients see comes from one of them" }}
+{{- end }}
+{{- if and $publicIssuer (not .tls.certManager.publicNames) }}
+{{- fail "tls.certManager.publicIssuer is set and publicNames is not: they are the names that its certificate is for" }}
+{{- end }}
+{{- if and .insecure (or $issuer $given $publicIssuer .tls.secrets.public) }}
 {{- fail "insecure is true, and tls says where certificates come from: choose one" }}
-{{- end }}
-{{- if and $given $missing }}
-{{- fail (printf "%s is not set: every role has a certificate of its own, and clients see the public one" (join ", " $missing)) }}
 {{- end }}
 {{- if not (or .insecure $issuer $given) }}
 {{- fail "nothing says where certificates come from: set tls.certManager.issuer, or the four tls.secrets, or insecure: true if something else protects the pods' network" }}
+{{- end }}
+{{- if and $given (not (or .tls.secrets.public $publicIssuer)) }}{{ $missing = append $missing "tls.secrets.public" }}{{ end }}
+{{- if and $given $missing }}
+{{- fail (printf "%s is not set: every role has a certificate of its own, and clients see the public one" (join ", " $missing)) }}
 {{- end }}
 {{- end -}}
 
@@ -91,12 +99,38 @@
 {{- end }}
 {{- end -}}
 
-{{- define "afd.validateExtraEnv" -}}
+{{- define "afd.validateExtras" -}}
 {{- range $role := list "gateway" "attention" "ffn" }}
-{{- range (get $ $role).extraEnv }}
+{{- $values := get $ $role }}
+{{- $names := list }}
+{{- range $values.extraEnv }}
 {{- if regexMatch "^(AFD_.*|POD_IP|WORKER_INDEX)$" .name }}
 {{- fail (printf "%s.extraEnv has %s: AFD_* are %s.settings, and POD_IP and WORKER_INDEX are the chart's own" $role .name $role) }}
 {{- end }}
+{{- if and $.telemetry.otlpEndpoint (has .name (list "OTEL_EXPORTER_OTLP_ENDPOINT" "OTEL_RESOURCE_ATTRIBUTES")) }}
+{{- fail (printf "%s.extraEnv has %s, which telemetry.otlpEndpoint sets: leave one of them out" $role .name) }}
+{{- end }}
+{{- if has .name $names }}
+{{- fail (printf "%s.extraEnv has %s twice: a variable has one value" $role .name) }}
+{{- end }}
+{{- $names = append $names .name }}
+{{- end }}
+{{- $volumes := list "model" "tmp" "shm" "tls" "public-tls" "redis-ca" }}
+{{- range $values.extraVolumes }}
+{{- if has .name $volumes }}
+{{- fail (printf "%s.extraVolumes has %s, which is there already: give it another name" $role .name) }}
+{{- end }}
+{{- $volumes = append $volumes .name }}
+{{- end }}
+{{- $places := list "/model" "/tmp" "/dev/shm" "/etc/afd/tls" "/etc/afd/public-tls" "/etc/afd/redis" }}
+{{- range $values.extraVolumeMounts }}
+{{- if not (has .name $volumes) }}
+{{- fail (printf "%s.extraVolumeMounts has %s, and no volume is called so: add it to %s.extraVolumes" $role .name $role) }}
+{{- end }}
+{{- if has .mountPath $places }}
+{{- fail (printf "%s.extraVolumeMounts has %s, where something is mounted already: choose another place" $role .mountPath) }}
+{{- end }}
+{{- $places = append $places .mountPath }}
 {{- end }}
 {{- end }}
 {{- end -}}
