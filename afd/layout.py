@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from afd.errors import ConfigError, Mismatch, PeerUnavailable
-from afd.state.connection import connect
+from afd.state.connection import RETRY_PAUSE_S, connect
 from afd.state.registry import NO_LAYOUT, Layout, Registry
 
 _LEASE_S = 5.0  # a layout is known for ten of them, and its replicas renew it every second
+_PATIENCE_S = 20.0  # a pod that has just come is let through to Redis some seconds later
 
 
 def show_or_change(url: str, ca: Path | None, mesh: str, num_shards: int | None) -> str:
@@ -20,13 +22,18 @@ def show_or_change(url: str, ca: Path | None, mesh: str, num_shards: int | None)
     return f"mesh {mesh} has {_described(layout)}"
 
 
-def require(url: str, ca: Path | None, mesh: str, allowed: Collection[int]) -> str:
+def require(url: str, ca: Path | None, mesh: str, allowed: Collection[int], patience_s: float = _PATIENCE_S) -> str:
     """For whoever is about to leave a mesh with FFN shards of these numbers alone. Raises Mismatch if it goes by
-    another one. A Redis that does not answer hinders nobody: what comes may be what mends it."""
-    try:
-        layout = _ask(url, ca, mesh, _present)
-    except (ConfigError, PeerUnavailable) as error:
-        return f"how many FFN shards mesh {mesh} has is not known, and nothing is refused: {error}"
+    another one. A Redis that does not answer for `patience_s` hinders nobody: what comes may be what mends it."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            layout = _ask(url, ca, mesh, _present)
+            break
+        except (ConfigError, PeerUnavailable) as error:
+            if time.monotonic() > deadline:
+                return f"how many FFN shards mesh {mesh} has is not known, and nothing is refused: {error}"
+        time.sleep(RETRY_PAUSE_S)
     if layout.epoch and layout.num_shards not in allowed:
         others = " or ".join(map(str, allowed))
         raise Mismatch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,9 +70,20 @@ def test_who_would_leave_a_mesh_without_its_shards_is_refused_in_a_sentence(serv
     assert require(server.url, None, "somewhere", [2, 3]) == "mesh somewhere has 3 FFN shards, in epoch 7"
     with pytest.raises(Mismatch, match="has 3 FFN shards, in epoch 7, and nobody would serve with 2 or 4 alone: keep"):
         require(server.url, None, "somewhere", [2, 4])
-    assert "and nothing is refused: no Redis answers" in require("redis://127.0.0.1:1", None, "somewhere", [2])
+    assert "and nothing is refused: no Redis answers" in require("redis://127.0.0.1:1", None, "somewhere", [2], 0)
     both = CliRunner().invoke(app, ["layout", "2", "--require", "3", "--redis", server.url])
     assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
+
+
+def test_who_asks_for_the_layout_waits_for_redis(tmp_path: Path) -> None:
+    late = Server(tmp_path)
+    begin = threading.Timer(0.3, late.start)
+    begin.start()
+    try:
+        assert require(late.url, None, "somewhere", [2]) == "mesh somewhere has no layout yet"
+    finally:
+        begin.join()
+        late.kill()
 
 
 def test_requests_go_on_while_the_ffn_is_split_anew(
