@@ -61,9 +61,36 @@ def page() -> Iterator[Any]:
     assert errors == []
 
 
+LAID_OUT = """() => {
+  const words = [...document.querySelectorAll("body *:not(title)")].filter((each) =>
+    each.getClientRects().length && [...each.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));
+  const scale = (each) => each.getScreenCTM ? each.getScreenCTM().a : 1;
+  const timeline = document.getElementById("timeline");
+  return {
+    width: Math.max(document.documentElement.scrollWidth, ...words.map((each) => each.getBoundingClientRect().right)),
+    letters: Math.min(...words.map((each) => parseFloat(getComputedStyle(each).fontSize) * scale(each))),
+    timeline: timeline.clientWidth / timeline.naturalWidth,
+  };
+}"""  # in pixels, but for the timeline: how much smaller it is than it was drawn
+
+
 def picture(page: Any, name: str) -> None:
     if PICTURES:
-        page.screenshot(path=Path(PICTURES) / name)
+        page.screenshot(path=Path(PICTURES) / name, full_page=True)
+
+
+def ask(page: Any) -> None:
+    page.fill("#question", "What is 12 + 68?")
+    page.press("#question", "Enter")
+    playwright.expect(page.locator("#messages .assistant")).to_have_text("80")
+
+
+def show_a_step(page: Any) -> None:
+    for replica in ("attention-0", "attention-1"):  # one of the two has decoded
+        page.locator("#mesh .attention", has_text=replica).click()
+        page.wait_for_timeout(500)
+        if page.locator("#timeline").is_visible():
+            break
 
 
 def test_the_console_shows_the_mesh_answers_and_draws_the_step(mesh: Mesh, page: Any) -> None:
@@ -72,17 +99,27 @@ def test_the_console_shows_the_mesh_answers_and_draws_the_step(mesh: Mesh, page:
     expect(page.locator("#mesh g")).to_have_count(5)
     assert page.locator("#mesh .ffn text").first.text_content() == "0/2  ffn-0"
     expect(page.locator("#no-step")).to_have_text("Nothing has been decoded yet: ask something.")
-    page.fill("#question", "What is 12 + 68?")
-    page.press("#question", "Enter")
-    expect(page.locator("#messages .assistant")).to_have_text("80")
+    ask(page)
     expect(page.locator("#messages .measured")).to_contain_text("first after")
-    for replica in ("attention-0", "attention-1"):  # one of the two has decoded
-        page.locator("#mesh .attention", has_text=replica).click()
-        page.wait_for_timeout(500)
-        if page.locator("#timeline").is_visible():
-            break
+    show_a_step(page)
     assert page.locator("#timeline").evaluate("image => image.naturalWidth") > 0
     picture(page, "console.png")
+
+
+def test_the_console_can_be_read_on_every_screen(mesh: Mesh, page: Any) -> None:
+    page.goto(f"{mesh.http_url}/console")
+    ask(page)
+    show_a_step(page)
+    for width in (1440, 768, 360):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_timeout(1000)  # the timeline is drawn anew
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            picture(page, f"console-{width}-{scheme}.png")
+        found = page.evaluate(LAID_OUT)
+        assert found["width"] <= width
+        assert found["letters"] >= 11
+        assert found["timeline"] == 1
 
 
 def test_a_gateway_that_is_gone_is_a_sentence(mesh: Mesh, page: Any) -> None:
@@ -110,6 +147,4 @@ def test_with_another_key_one_may_chat(mesh_with_keys: tuple[Mesh, list[str]], p
     page.fill("#key-value", key)
     page.press("#key-value", "Enter")
     playwright.expect(page.locator("#problem")).to_contain_text("this API key is not an operator's")
-    page.fill("#question", "What is 12 + 68?")
-    page.press("#question", "Enter")
-    playwright.expect(page.locator("#messages .assistant")).to_have_text("80")
+    ask(page)

@@ -354,13 +354,14 @@ def test_the_svg_is_well_formed_and_needs_nothing_else(step: Step) -> None:
     assert "href" not in svg
 
 
-def test_the_svg_shows_every_computation_inside_the_picture() -> None:
-    root = ElementTree.fromstring(to_svg(overlapped_step()))
+@pytest.mark.parametrize("width", [960, 318])
+def test_the_svg_shows_every_computation_inside_the_picture(width: int) -> None:
+    root = ElementTree.fromstring(to_svg(overlapped_step(), width=width))
     rects = [rect for rect in root.findall("{*}rect") if rect.find("{*}title") is not None]
     titles = [rect.findtext("{*}title", "") for rect in rects]
     assert titles.count("compute of layer 0, microbatch B: 30.0 ms") == 1
     assert sum(title.startswith("compute") for title in titles) == 4
-    assert all(float(rect.get("x", -1)) + float(rect.get("width", 0)) <= 960 for rect in rects)
+    assert all(float(rect.get("x", -1)) + float(rect.get("width", 0)) <= width for rect in rects)
 
 
 def test_chrome_gets_a_process_for_attention_and_for_every_shard() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from google.protobuf import json_format
 
@@ -16,6 +16,7 @@ from services.gateway.topology import Topology
 _FILES = Path(__file__).parent / "static"
 # The page loads nothing from elsewhere, is in no frame, and sends nothing away.
 _POLICY = "default-src 'self'; img-src blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+_Width = Annotated[int, Query(ge=300, le=1600)]  # pixels; a narrower timeline has no room for its words
 PAGE_PATHS = ("/console", "/console/console.js", "/console/console.css")  # need no API key: they say nothing
 
 
@@ -44,9 +45,9 @@ def console(topology: Topology, gatekeeper: Gatekeeper, model_name: str) -> APIR
         return {"model": model_name, **found}
 
     @router.get("/step")
-    async def step(request: Request, replica: str, slowest: bool = False) -> Response:
+    async def step(request: Request, replica: str, slowest: bool = False, width: _Width = 960) -> Response:
         await gatekeeper.check_operator(request.state.caller)
         found = await topology.step(replica, slowest)
-        return Response(to_svg(found), media_type="image/svg+xml")
+        return Response(to_svg(found, width=width), media_type="image/svg+xml")
 
     return router

@@ -2,7 +2,9 @@
 "use strict";
 
 const EVERY_MS = 1000;
-const BOX = { width: 220, height: 62, gap: 14 };
+const BOX = { width: 220, height: 62, gap: 14 };  // pixels, as are all of the picture's
+const HEAD = 30, GAP = 50, GUTTER = 30;  // above a role's boxes; between columns, at least; beside boxes in one column
+const NARROW = 680;
 const COLUMNS = [["gateway", "GATEWAYS"], ["attention", "ATTENTION REPLICAS"], ["ffn", "FFN SHARDS"]];
 const byId = (id) => document.getElementById(id);
 const state = { model: "", replicas: [], chosen: null, slowest: false, messages: [], timelineUrl: null, isAsking: false };
@@ -84,53 +86,80 @@ function svg(tag, attributes, text) {
 }
 
 function drawMesh() {
-  const columns = COLUMNS.map(([role]) => of(role));
-  const most = Math.max(1, ...columns.map((column) => column.length));
-  const width = 940, height = 30 + most * (BOX.height + BOX.gap);
-  const places = new Map();
-  columns.forEach((column, number) => column.forEach((replica, row) => {
-    const x = 1 + number * (width - BOX.width - 2) / 2;
-    const y = 30 + (row + (most - column.length) / 2) * (BOX.height + BOX.gap);
-    places.set(replica.replica_id, { x, y });
-  }));
-  const heads = COLUMNS.map(([, name], number) => svg("text", { class: "column", x: 1 + number * (width - BOX.width - 2) / 2, y: 14 }, name));
+  const width = byId("mesh").clientWidth, roles = COLUMNS.map(([role]) => of(role));
+  const { heads, places, height, curve } = (width < NARROW ? inOneColumn : sideBySide)(roles, width);
+  const names = COLUMNS.map(([, name], number) => svg("text", { class: "column", ...heads[number] }, name));
   byId("mesh").setAttribute("viewBox", `0 0 ${width} ${height}`);
-  byId("mesh").replaceChildren(...heads, ...edges(places), ...columns.flat().map((replica) => box(replica, places.get(replica.replica_id))));
+  byId("mesh").replaceChildren(...names, ...edges(places, curve), ...roles.flat().map((replica) => box(replica, places.get(replica.replica_id))));
 }
 
-function edges(places) {
+// Where heads and boxes are, and the curve of an edge: a column for each role.
+function sideBySide(roles, width) {
+  const boxWidth = Math.min(BOX.width, (width - 2 * GAP) / 3), left = (number) => 1 + number * (width - boxWidth - 2) / 2;
+  const most = Math.max(1, ...roles.map((replicas) => replicas.length)), places = new Map();
+  roles.forEach((replicas, number) => replicas.forEach((replica, row) => {
+    const y = HEAD + (row + (most - replicas.length) / 2) * (BOX.height + BOX.gap);
+    places.set(replica.replica_id, { x: left(number), y, width: boxWidth });
+  }));
+  const curve = (from, to) => {
+    const x1 = from.x + boxWidth, x2 = to.x, middle = (x1 + x2) / 2;
+    return `M${x1},${centre(from)} C${middle},${centre(from)} ${middle},${centre(to)} ${x2},${centre(to)}`;
+  };
+  return { heads: roles.map((_, number) => ({ x: left(number), y: 14 })), places, height: HEAD + most * (BOX.height + BOX.gap), curve };
+}
+
+// On a phone: one under the other. Edges to attention replicas are at their left, those to FFN shards at the right.
+function inOneColumn(roles, width) {
+  const heads = [], places = new Map();
+  let y = 0;
+  for (const replicas of roles) {
+    heads.push({ x: GUTTER, y: y + 14 });
+    y += HEAD - 8;
+    for (const replica of replicas) {
+      places.set(replica.replica_id, { x: GUTTER, y, width: width - 2 * GUTTER });
+      y += BOX.height + BOX.gap;
+    }
+  }
+  const curve = (from, to, role) => {
+    const [x, far] = role === "attention" ? [GUTTER, 2 - GUTTER / 3] : [width - GUTTER, width - 2 + GUTTER / 3];
+    return `M${x},${centre(from)} C${far},${centre(from)} ${far},${centre(to)} ${x},${centre(to)}`;
+  };
+  return { heads, places, height: y, curve };
+}
+
+const centre = (place) => place.y + BOX.height / 2;
+
+function edges(places, curve) {
   const drawn = [];
+  const draw = (from, to, role, isLive, carries) => {
+    const ends = [places.get(from), places.get(to)];
+    if (!ends.every(Boolean)) return;  // gone just now
+    const path = svg("path", { d: curve(...ends, role), class: isLive ? "live" : "" });
+    path.append(svg("title", {}, carries));
+    drawn.push(path);
+  };
   for (const gateway of of("gateway"))
     for (const replica of of("attention")) {
       const count = gateway.sequences_at[replica.replica_id] ?? 0;
-      drawn.push(edge(places, gateway.replica_id, replica.replica_id, count > 0, `${count} sequences`));
+      draw(gateway.replica_id, replica.replica_id, "attention", count > 0, `${count} sequences`);
     }
   for (const replica of of("attention"))
     for (const [ffn, transport] of Object.entries(replica.links))
-      drawn.push(edge(places, replica.replica_id, ffn, (replica.rates.handoffs ?? 0) > 0, `frames over ${transport}`));
-  return drawn.filter((path) => path !== null);
+      draw(replica.replica_id, ffn, "ffn", (replica.rates.handoffs ?? 0) > 0, `frames over ${transport}`);
+  return drawn;
 }
 
-function edge(places, from, to, isLive, carries) {
-  const a = places.get(from), b = places.get(to);
-  if (!a || !b) return null;  // gone just now
-  const x1 = a.x + BOX.width, y1 = a.y + BOX.height / 2, x2 = b.x, y2 = b.y + BOX.height / 2, middle = (x1 + x2) / 2;
-  const path = svg("path", { d: `M${x1},${y1} C${middle},${y1} ${middle},${y2} ${x2},${y2}`, class: isLive ? "live" : "" });
-  path.append(svg("title", {}, carries));
-  return path;
-}
-
-function box(replica, { x, y }) {
+function box(replica, { x, y, width }) {
   const group = svg("g", { class: replica.role, transform: `translate(${x},${y})` });
-  group.append(svg("rect", { class: "box", width: BOX.width, height: BOX.height, rx: 7 }));
+  group.append(svg("rect", { class: "box", width, height: BOX.height, rx: 7 }));
   group.append(svg("title", {}, `${replica.replica_id} at ${replica.address}`));
   group.append(svg("text", { x: 10, y: 19 }, name(replica)));
   const { line, level, of: what } = told(replica);
   group.append(svg("text", { class: "soft", x: 10, y: 37 }, line));
-  const share = Math.min(1, Math.max(0, level)), length = BOX.width - 100;
+  const share = Math.min(1, Math.max(0, level)), length = width - 100;
   group.append(svg("rect", { class: "track", x: 10, y: 47, width: length, height: 6, rx: 3 }));
   group.append(svg("rect", { class: share > 0.9 ? "level full" : "level", x: 10, y: 47, width: share * length, height: 6, rx: 3 }));
-  group.append(svg("text", { class: "soft", x: BOX.width - 10, y: 54, "text-anchor": "end" }, `${percent(share)} ${what}`));
+  group.append(svg("text", { class: "soft", x: width - 10, y: 54, "text-anchor": "end" }, `${percent(share)} ${what}`));
   if (!replica.is_ready) group.classList.add("not-ready");
   if (replica.role === "attention") {
     group.classList.toggle("chosen", replica.replica_id === state.chosen);
@@ -177,7 +206,8 @@ async function showStep() {
   byId("slowest").setAttribute("aria-pressed", state.slowest);
   if (!state.chosen) return;
   try {
-    const query = new URLSearchParams({ replica: state.chosen, slowest: state.slowest });
+    const width = Math.min(1600, Math.max(300, byId("mesh").clientWidth));
+    const query = new URLSearchParams({ replica: state.chosen, slowest: state.slowest, width });
     const picture = await (await get(`/console/step?${query}`)).blob();
     if (state.timelineUrl) URL.revokeObjectURL(state.timelineUrl);
     state.timelineUrl = URL.createObjectURL(picture);
@@ -265,4 +295,10 @@ byId("key").addEventListener("submit", (event) => {
 });
 byId("last").addEventListener("click", () => { state.slowest = false; showStep(); });
 byId("slowest").addEventListener("click", () => { state.slowest = true; showStep(); });
+let drawsStep;
+addEventListener("resize", () => {
+  drawMesh();
+  clearTimeout(drawsStep);
+  drawsStep = setTimeout(showStep, 200);  // once, when the window has its size
+});
 refresh();
