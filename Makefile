@@ -46,7 +46,10 @@ up:  ## the mesh in containers (compose.yaml), and a question to it; TLS=1, GPU=
 	else \
 		$(COMPOSE) exec -T gateway afd chat $(if $(TLS),--ca /etc/afd/tls/ca.crt) <<<"What is 12 + 68?"; \
 	fi
-	@echo "gRPC on localhost:$${GRPC_PORT:-50051}, OpenAI API on http$(if $(TLS),s)://localhost:$${HTTP_PORT:-8000}/v1; make down ends it"
+	@http=http$(if $(TLS),s)://$$($(COMPOSE) port gateway 8000); \
+		echo "gRPC on $$($(COMPOSE) port gateway 50051), OpenAI API on $$http/v1, console on $$http/console; make down ends it"
+	$(if $(TLS),@echo "its CA: $(COMPOSE) cp certificates:/certs/ca.crt ca.crt")
+	$(if $(filter observability,$(PROFILES)),@echo "Grafana on http://$$($(COMPOSE) port grafana 3000) and Jaeger on http://$$($(COMPOSE) port jaeger 16686)")
 
 upgrade:  ## replace its containers one by one by those of newer images, while it serves
 	compose/upgrade

@@ -40,8 +40,8 @@ def compose() -> dict[str, Any]:
     return loaded
 
 
-def prometheus_config() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((COMPOSE / "prometheus.yaml").read_text())
+def prometheus_config(name: str = "prometheus.yaml") -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((COMPOSE / name).read_text())
     return loaded
 
 
@@ -84,6 +84,18 @@ def test_prometheus_looks_for_every_service_where_its_metrics_are() -> None:
         assert "AFD_METRICS_PORT=9090" in (promql.ROOT / "services" / role / "Dockerfile").read_text()
 
 
+def test_with_tls_prometheus_asks_the_gateways_by_it_and_all_else_is_the_same() -> None:
+    changed = yaml.safe_load((promql.ROOT / "compose.tls.yaml").read_text())["services"]["prometheus"]
+    assert changed["volumes"][0] == "./compose/prometheus.tls.yaml:/etc/prometheus/prometheus.yaml:ro"
+    encrypted = prometheus_config("prometheus.tls.yaml")
+    job = encrypted["scrape_configs"][0]
+    assert (job.pop("scheme"), job.pop("tls_config")["ca_file"]) == (
+        "https",
+        Path(changed["volumes"][1]["target"]).name,
+    )
+    assert encrypted == prometheus_config()
+
+
 def test_every_job_names_the_mesh_that_the_services_have_joined() -> None:
     environments = [service.get("environment", {}) for service in compose()["services"].values()]
     (mesh,) = {environment["AFD_MESH"] for environment in environments if "AFD_MESH" in environment}
@@ -110,8 +122,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
 
 
 @promql.needs_promtool
-def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path) -> None:
-    assert promql.promtool("check", "config", str(write_config(tmp_path, prometheus_config()))) == ""
+@pytest.mark.parametrize("name", ["prometheus.yaml", "prometheus.tls.yaml"])
+def test_prometheus_takes_its_configuration_and_the_rules(tmp_path: Path, name: str) -> None:
+    (tmp_path / "ca.crt").touch()
+    assert promql.promtool("check", "config", str(write_config(tmp_path, prometheus_config(name)))) == ""
 
 
 def targets_of(mesh: Mesh, job: str) -> list[str]:

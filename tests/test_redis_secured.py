@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -86,11 +85,11 @@ async def test_the_documented_user_may_do_nothing_else(tmp_path: Path, command: 
                 await redis.execute_command(*command)
 
 
-def composed_redis() -> list[str]:
+def composed_redis(password: str = "PASSWORD") -> list[str]:
     """The arguments that compose.yaml gives its Redis, but for the folder."""
     command = yaml.safe_load((DOCS.parents[1] / "compose.yaml").read_text())["services"]["redis"]["command"]
-    command = command.replace("${REDIS_PASSWORD:-afd}", "PASSWORD").replace("${REDIS_MAXMEMORY:-1gb}", "1gb")
-    _, _, folder, *arguments = shlex.split(command)
+    given = {"${REDIS_PASSWORD:-afd}": password, "${REDIS_MAXMEMORY:-1gb}": "1gb"}
+    _, _, folder, *arguments = (re.sub(r"\$\{.*\}", lambda match: given[match[0]], word) for word in command)
     assert folder == "/data"
     return arguments
 
@@ -99,6 +98,17 @@ def test_the_compose_file_has_the_documented_users() -> None:
     arguments = " ".join(composed_redis())
     for line in re.findall(r"^user (.*)$", DOCS.read_text(), re.MULTILINE):
         assert f"--user {line.replace('resetkeys ', '')}" in arguments
+
+
+async def test_a_composed_password_may_have_any_characters_that_need_no_escape_in_a_url(tmp_path: Path) -> None:
+    password = 'it\'s "a" long @:/#&<> one\\'
+    url = yaml.safe_load((DOCS.parents[1] / "compose.yaml").read_text())["x-environment"]["AFD_REDIS"]
+    user = {"username": "afd", "password": password}
+    server = Server(tmp_path / "redis", tuple(composed_redis(password)), credentials=user)
+    with running(server):
+        url = url.replace("${REDIS_PASSWORD:-afd}", password).replace("redis:6379", f"127.0.0.1:{server.port}")
+        async with connect(url) as redis:
+            assert await redis.ping()
 
 
 async def test_the_composed_redis_has_after_a_kill_what_it_had(tmp_path: Path) -> None:

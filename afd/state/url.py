@@ -42,6 +42,8 @@ class RedisUrl:
         kind = cast(Kind, match["kind"] or "server")
         service, path = _service(match["path"] or "") if kind == "sentinel" else ("", match["path"] or "")
         is_socket = match["scheme"] == "unix"
+        if "@" in (match["query"] or "") and ":" in match["hosts"] and not match["userinfo"]:
+            raise ValueError("write a ? in a user or a password as %3F")
         hosts = () if is_socket else _hosts(match["hosts"] or "localhost", kind)
         plain = f"{match['scheme']}://{_quoted(match['userinfo'])}{'' if is_socket else 'host'}{path}"
         options: dict[str, Any] = dict(parse_url(plain + (match["query"] or "")))
