@@ -83,7 +83,8 @@ def run_bench(options: MeshOptions, loads: Sequence[Load], notes: Console) -> Re
 
 async def measure(mesh: Mesh, load: Load, advance: Callable[[], None] = lambda: None) -> Result:
     """Puts the load on a running mesh; `advance` is called for every token."""
-    async with Client(mesh.gateway.address) as client:
+    tls = mesh.options.tls
+    async with Client(mesh.gateway.address, ca=tls and tls / "ca.crt") as client:
         vocab_size = (await client.get_model()).vocab_size
         await _stream(client, Load(1, load.prompt_tokens, 2), vocab_size, 0, lambda: None)  # warm up
         before = counters(mesh)

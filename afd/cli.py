@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from afd import control, keys
 from afd.client import Client, Stream
-from afd.config import parse_microbatches
+from afd.config import parse_microbatches, refuse_unknown_variables
 from afd.errors import AfdError, ConfigError
 from afd.mesh import Mesh, MeshOptions, ready_file_of, refuse_ready_file, running_mesh, write_ready_file
 from afd.placement import Cores
@@ -33,6 +33,11 @@ notes = Console(stderr=True)
 _WATCH_S = 0.2
 _TOP_EVERY_S = 1.0
 _MOST = 256  # of a kind: a slip of the finger is not to fill the machine
+
+
+@app.callback()
+def check_variables() -> None:
+    refuse_unknown_variables(os.environ)
 
 
 class Dtype(StrEnum):
@@ -85,6 +90,7 @@ StartupTimeout = Annotated[
 ]
 Target = Annotated[str, typer.Option("--target", help="the gateway's gRPC address")]
 Tls = Annotated[bool, typer.Option("--tls", help="encrypt, to a gateway with a certificate that this machine trusts")]
+TlsFolder = Annotated[Path | None, typer.Option("--tls", help="TLS everywhere, with what `afd certs` has made here")]
 Ca = Annotated[Path | None, typer.Option(envvar="AFD_CA", help="encrypt, to a gateway that this CA has signed")]
 ApiKey = Annotated[
     str | None,
@@ -110,7 +116,7 @@ def up(
     ] = None,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_GRPC_PORT", help="0: a free one")] = 50051,
     http_port: Annotated[int, typer.Option(min=0, max=65535, envvar="AFD_HTTP_PORT", help="0: a free one")] = 8000,
-    tls: Annotated[Path | None, typer.Option(help="TLS everywhere, with what `afd certs` has made here")] = None,
+    tls: TlsFolder = None,
     cores: CoresOption = Cores.shared,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
@@ -328,6 +334,7 @@ def bench(
     microbatches: Microbatches = None,
     dtype: DtypeOption = Dtype.bfloat16,
     device: Device = "cpu",
+    tls: TlsFolder = None,
     cores: CoresOption = Cores.shared,
     threads: Threads = None,
     startup_timeout: StartupTimeout = 120.0,
@@ -350,6 +357,7 @@ def bench(
         microbatches=microbatches,
         dtype=dtype.value,
         device=device,
+        tls=tls,
         cores=cores,
         threads=threads,
         startup_timeout_s=startup_timeout,

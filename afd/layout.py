@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
-from afd.errors import ConfigError, Mismatch, PeerUnavailable
+from afd.errors import ConfigError, Mismatch, NotFound, PeerUnavailable
 from afd.state.connection import RETRY_PAUSE_S, connect
 from afd.state.registry import NO_LAYOUT, Layout, Registry
 
@@ -17,8 +17,8 @@ _PATIENCE_S = 20.0  # a pod that has just come is let through to Redis some seco
 
 def show_or_change(url: str, ca: Path | None, mesh: str, num_shards: int | None) -> str:
     """For people: the layout that counts, after a change to `num_shards` if that is given. Raises as `change` does,
-    and ConfigError if no Redis answers."""
-    layout = _ask(url, ca, mesh, lambda registry: change(registry, num_shards) if num_shards else _present(registry))
+    NotFound for a mesh that has neither a layout nor a gateway, and ConfigError if no Redis answers."""
+    layout = _ask(url, ca, mesh, lambda registry: change(registry, num_shards) if num_shards else _known(registry))
     return f"mesh {mesh} has {_described(layout)}"
 
 
@@ -61,6 +61,14 @@ async def change(registry: Registry, num_shards: int) -> Layout:
 
 async def _present(registry: Registry) -> Layout:
     return await registry.keep_layout(NO_LAYOUT)
+
+
+async def _known(registry: Registry) -> Layout:
+    present = await _present(registry)
+    if present == NO_LAYOUT and not await registry.replicas("gateway"):
+        names = ", ".join(await registry.meshes()) or "none that this user may see"
+        raise NotFound(f"there is no mesh {registry.mesh}; on this Redis there are: {names}")
+    return present
 
 
 def _ask(url: str, ca: Path | None, mesh: str, ask: Callable[[Registry], Awaitable[Layout]]) -> Layout:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -131,6 +132,7 @@ class Service:
     placement: dict[str, Any] = field(default_factory=dict)  # settings of cores, where `settings` does not say
     process: ForkedProcess | None = None
     replica: Replica | None = None
+    restarted_s: float = -math.inf  # monotonic: when it was last started again
 
     @property
     def seat(self) -> Seat:
@@ -318,14 +320,14 @@ class Mesh:
         asyncio.run(bring_up())
 
     def watch(self) -> None:
-        """Starts again what has ended by itself, on the same ports."""
+        """Starts again what has ended by itself, on the same ports; what goes on ending, once a second."""
         ended = [service for service in self.services if not service.alive]
+        now_s = time.monotonic()
         if self.embedded and not self.embedded.alive:
             log.warning("the embedded Redis has ended; it is started again")
             self.embedded.start()
-        if ended:
-            time.sleep(_RESTART_PAUSE_S)
-        for service in ended:
+        for service in (service for service in ended if now_s - service.restarted_s >= _RESTART_PAUSE_S):
+            service.restarted_s = now_s
             log.warning("%s has ended; it is started again", service.replica_id)
             try:
                 service.start()

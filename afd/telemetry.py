@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import prometheus_client
 from opentelemetry import trace
@@ -165,6 +165,18 @@ def record_ffn_spans(frame: TimedFrame, shard: int, timing: FrameTiming) -> None
         tracer.start_span(name, context, start_time=start_ns, attributes=attributes).end(end_ns)
 
 
+def _forgiving(app: Any) -> Any:
+    """Whose Accept header cannot be read gets what those without one get, not an error."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        try:
+            return app(environ, start_response)
+        except (TypeError, ValueError):
+            return app({**environ, "HTTP_ACCEPT": ""}, start_response)
+
+    return answer
+
+
 def serve_metrics(host: str, port: int, patience_s: float = 10.0) -> int:
     """Prometheus metrics of this process on an own port; returns the port. Who connects and says nothing for patience_s
     is cut off: each has a thread. Raises ConfigError if the port is taken."""
@@ -173,5 +185,6 @@ def serve_metrics(host: str, port: int, patience_s: float = 10.0) -> int:
     except OSError as error:
         raise ConfigError(f"cannot serve metrics on {joined(host, port)}: {error.strerror}") from None
     server.RequestHandlerClass.timeout = patience_s  # type: ignore[attr-defined]
+    server.set_app(_forgiving(server.get_app()))
     server.handle_error = _forget_it  # type: ignore[method-assign]
     return int(server.server_port)

@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from afd import Client, cli
+from afd.certs import make_certificates
 from afd.model.random_checkpoint import ModelSizes, make_checkpoint
 from tests.conftest import Model
 
@@ -205,8 +206,22 @@ def test_make_checkpoint_writes_what_up_can_serve(tmp_path: Path) -> None:
 
 
 def test_bench_reports_speed_and_where_the_time_went(model: Model, tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    options = ("--streams", "1,3", "--prompt-tokens", 9, "--output-tokens", 5, "--dtype", "float32", "--json", file)
+    file, certs = tmp_path / "bench.json", tmp_path / "certs"
+    make_certificates(certs)
+    options = (
+        "--tls",
+        certs,
+        "--streams",
+        "1,3",
+        "--prompt-tokens",
+        9,
+        "--output-tokens",
+        5,
+        "--dtype",
+        "float32",
+        "--json",
+        file,
+    )
     result = afd("bench", "--model", model.path, *options)
     assert result.returncode == 0, result.stderr
     rows = json.loads(file.read_text())["rows"]
@@ -255,6 +270,7 @@ REFUSED_AT_ONCE: Refused = [
         {"AFD_BLOK_SIZE": "4"},
         "no such setting: AFD_BLOK_SIZE, did you mean AFD_BLOCK_SIZE?",
     ),
+    (["generate", "x"], {"AFD_CAA": "x"}, "no such setting: AFD_CAA, did you mean AFD_CA?"),
     (["up", "--model", "M"], {"AFD_BLOCK_SIZE": "four"}, "AFD_BLOCK_SIZE=four"),
     (["bench", "--model", "M", "--streams", "many"], {}, "--streams many"),
     (["bench", "--model", "M", "--streams", "0"], {}, "at least 1"),

@@ -157,6 +157,10 @@ def test_a_mesh_goes_on_while_nothing_can_be_started(
     for error in (ConfigError("no server"), OSError("no memory")):
         mesh.watch()
         assert f"{error}; it is tried again" in caplog.text
+    monkeypatch.setattr(afd.mesh, "_RESTART_PAUSE_S", 60.0)
+    caplog.clear()
+    mesh.watch()
+    assert caplog.text == "", "it was tried just now"
 
 
 def test_a_server_that_cannot_load_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

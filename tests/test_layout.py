@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from afd.cli import app
 from afd.errors import Mismatch, PeerUnavailable
-from afd.layout import change, require
+from afd.layout import change, require, show_or_change
 from afd.mesh import Mesh, Seat
 from afd.state.connection import connect
 from afd.state.registry import NO_LAYOUT, Layout, Registry, Replica
@@ -54,7 +54,9 @@ async def test_a_layout_begins_when_each_of_its_shards_has_a_replica(server: Ser
 
 
 def test_the_command_tells_and_refuses_in_a_sentence(server: Server) -> None:
-    assert "mesh somewhere has no layout yet" in afd("layout", AFD_REDIS=server.url, AFD_MESH="somewhere").stdout
+    server.ask("SADD", "afd:replicas:{elsewhere}:ffn", "ffn-0")
+    unknown = afd("layout", AFD_REDIS=server.url, AFD_MESH="somewhere")
+    assert_refused(unknown, "afd: there is no mesh somewhere; on this Redis there are: elsewhere")
     assert_refused(afd("layout", 2, AFD_REDIS=server.url), "afd: there is no replica of FFN shard 0/2, 1/2")
     assert_refused(afd("layout", 0, AFD_REDIS=server.url), "greater than or equal to 1")
     assert_refused(afd("layout", AFD_REDIS="redis://127.0.0.1:1"), "no Redis answers")
@@ -84,6 +86,13 @@ def test_who_asks_for_the_layout_waits_for_redis(tmp_path: Path) -> None:
     finally:
         begin.join()
         late.kill()
+
+
+async def test_a_mesh_that_has_no_layout_yet_is_known_by_its_gateway(server: Server) -> None:
+    gateway = replace(REPLICA, role="gateway", replica_id="gateway-0")
+    async with connect(server.url) as redis, Registry(redis, 5.0, "somewhere").registered(lambda: gateway):
+        told = await asyncio.to_thread(show_or_change, server.url, None, "somewhere", None)
+    assert told == "mesh somewhere has no layout yet"
 
 
 def test_requests_go_on_while_the_ffn_is_split_anew(

@@ -32,6 +32,14 @@ def test_who_says_nothing_to_the_metrics_is_cut_off(capfd: pytest.CaptureFixture
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_an_accept_header_that_is_none_gets_metrics(capfd: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{serve_metrics('127.0.0.1', 0)}/metrics"
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=x"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+    assert capfd.readouterr().err == ""
+
+
 def crossing(shard: int, layer_idx: int, slot: int, compute_ns: int) -> Crossing:
     return Crossing(shard, layer_idx, slot, 0, 900, Timing(0, compute_ns, 4))
 

@@ -329,6 +329,17 @@ def test_services_that_come_back_find_one_another_by_the_new_certificates(secure
             time.sleep(0.2)
 
 
+def test_certificates_of_another_ca_are_not_overwritten(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / "ca.key").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.crt")}
+    with pytest.raises(
+        ConfigError, match=r"has attention/tls\.crt, but not the ca\.key behind it: give another folder"
+    ):
+        make_certificates(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.crt")} == before
+
+
 async def test_two_cas_are_good_at_once_while_one_follows_the_other(tmp_path: Path) -> None:
     for name in ("old", "new"):
         make_certificates(tmp_path / name)

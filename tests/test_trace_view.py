@@ -364,6 +364,19 @@ def test_the_svg_shows_every_computation_inside_the_picture(width: int) -> None:
     assert all(float(rect.get("x", -1)) + float(rect.get("width", 0)) <= width for rect in rects)
 
 
+def test_a_frame_that_reaches_into_other_layers_is_counted_once() -> None:
+    step = step_of(
+        [did("attention", 10 * layer, 10 * layer + 10, layer=layer, microbatch=0) for layer in range(4)]
+        + [did("waiting", 40, 55, layer=1, microbatch=0)],
+        [handed(0, 0, 10 * layer + 10, 10 * layer + 35, queue=0, compute=5, layer=layer) for layer in range(4)],
+        ffn_shards=1,
+    )
+    counts = [account(View.of(step, layers)).shards[0] for layers in (None, range(2), range(2, 4))]
+    assert [shard.num_frames for shard in counts] == [4, 2, 2]
+    assert counts[0].phases == counts[1].phases + counts[2].phases
+    assert [shard.num_awaited for shard in counts] == [1, 1, 0]
+
+
 def test_chrome_gets_a_process_for_attention_and_for_every_shard() -> None:
     events = to_chrome([overlapped_step()])["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}

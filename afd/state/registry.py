@@ -158,6 +158,7 @@ class Registry:
         self.redis = redis
         self.lease_s = lease_s
         self.mesh = mesh
+        self._answers = True  # as far as its watchers know: one of them tells of an outage
         self._channel = f"afd:membership:{{{mesh}}}"
         self._renew_script = redis.register_script(_RENEW)
         self._leave_script = redis.register_script(_LEAVE)
@@ -183,6 +184,15 @@ class Registry:
         entries, _ = await self._look(role)
         return [entries[name] for name in sorted(entries)]
 
+    async def meshes(self) -> list[str]:
+        """All on this Redis that have replicas; none where its user may not look for keys."""
+        try:
+            async with translated_errors():
+                keys = [key.decode() async for key in self.redis.scan_iter("afd:replicas:*", count=1000)]
+        except PeerUnavailable:
+            return []
+        return sorted({key.partition("{")[2].partition("}")[0] for key in keys})
+
     async def watch(self, role: Role) -> AsyncIterator[list[Replica]]:
         """The replicas of a role now, and again after each change: by notification, and by polling behind it.
 
@@ -200,7 +210,8 @@ class Registry:
                             yield view.replicas
                         await self._wait_for_change(changes)
                 except PeerUnavailable as error:
-                    if view.outage():
+                    if view.outage() and self._answers:
+                        self._answers = False
                         log.warning("membership is what it was, for now: %s", error)
             await asyncio.sleep(RETRY_PAUSE_S)
 
@@ -212,6 +223,7 @@ class Registry:
         if now_s - asked_s > max(_POLL_S, self.lease_s / 2):
             view.outage()  # it was frozen: no renewal came through either
         view.update(entries, gone, now_s)
+        self._answers = True
 
     async def _subscribe(self, changes: PubSub) -> None:
         if not changes.subscribed:

@@ -132,7 +132,7 @@ class ShardAccount:
     busy_ns: int  # computing any frame of this step
     way_ns: int  # computing none, while a frame was on its way
     queue_ns: int  # computing none, while a frame was in its queue
-    num_frames: int
+    num_frames: int  # of the view's layers, not those of others that reach into it; so are the two below
     phases: Counter[Phase]  # of all frames together
     num_awaited: int  # frames whose answer was the last one that attention waited for
 
@@ -176,7 +176,7 @@ def account(view: View) -> Account:
     waiting: Counter[Phase] = Counter()
     awaited: Counter[int] = Counter()
     for wait, last in _waits(view):
-        awaited[last.handoff.shard] += 1
+        awaited[last.handoff.shard] += last.handoff.layer_idx in view.layers
         for phase, start_ns, end_ns in last.phases:
             waiting[phase] += max(0, min(end_ns, wait.end_ns) - max(start_ns, wait.start_ns))
     shards = [_shard_account(view, shard, awaited[shard]) for shard in range(view.step.num_shards)]
@@ -193,7 +193,7 @@ def _waits(view: View) -> Iterator[tuple[Bar, Flight]]:
 
 
 def _shard_account(view: View, shard: int, num_awaited: int) -> ShardAccount:
-    own = [flight for flight in view.flights if flight.handoff.shard == shard]
+    own = [each for each in view.flights if each.handoff.shard == shard and each.handoff.layer_idx in view.layers]
     phases: Counter[Phase] = Counter()
     for flight in own:
         for phase, start_ns, end_ns in flight.phases:
