@@ -15,6 +15,7 @@ import pytest
 from afd.state import registry as registry_module
 from afd.state.connection import connect
 from afd.state.registry import _EXPIRED, _LEFT, Registry, Replica, _View
+from afd.tasks import end
 from benchmarks.proxy import Proxy, tcp_proxy
 from tests.redis_servers import Server, one_server
 
@@ -208,6 +209,21 @@ async def test_watchers_find_the_channel_again_after_a_restart(server: Server, m
         await asyncio.sleep(1.5)
         async with holder.registered(lambda: OTHER):
             await watcher.until("ffn-1", "ffn-2", timeout_s=3.0)
+
+
+async def test_an_outage_is_told_once_by_all_watchers_of_a_registry(
+    server: Server, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with registry(f"redis://{proxy.address}") as cut_off:
+        watches = [asyncio.create_task(Watcher().follow(cut_off)) for _ in range(2)]
+        for outage in (1, 2):
+            await asyncio.sleep(0.5)
+            proxy.refuse()
+            await asyncio.sleep(0.5)
+            assert caplog.text.count("membership is what it was") == outage
+            proxy.accept()
+        for watch in watches:
+            await end(watch)
 
 
 def test_a_lease_that_expired_in_an_outage_has_a_leases_time_to_be_renewed() -> None:
