@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import os
 import re
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 import grpc.aio
 
+from afd import background
 from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, NotFound, Overloaded, PeerUnavailable
 from afd.rpc import CHANNEL_OPTIONS, read, to_error
 from afd.tls import client_credentials
@@ -34,9 +34,14 @@ from afd.v1 import gateway_pb2_grpc, sampling_pb2
 Prompt = str | Sequence[int]
 T = TypeVar("T")
 
-_CONNECT_TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 0.005  # seconds, while it connects
 _RESUME_PAUSE_S = 0.3
 _NOT_OPEN = "the client is not open: use it inside `async with Client(...)`, or `with SyncClient(...)`"
+_FORKED = (
+    "this process was forked from one that has used a client, which gRPC does not survive: fork before that, or start "
+    'processes by multiprocessing\'s "spawn"'
+)
+_users: set[int] = set()  # processes that have used a client: this one, and those that it was forked from
 _FINISH_REASONS: dict[int, str | None] = {
     sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
     sampling_pb2.FINISH_REASON_STOP: "stop",
@@ -205,6 +210,10 @@ class Stream:
         self._gateway, self._call = self._client._current, self._client._ask(request, self._urgency)
 
     async def aclose(self) -> None:
+        """Cancels the request, if it still runs; the stream has no more tokens."""
+        self._cancel()
+
+    def _cancel(self) -> None:
         self._is_closed = True
         self._unread.clear()
         self._call.cancel()
@@ -216,10 +225,13 @@ class Stream:
 
 class Client:
     """A connection to a gateway, "host:port"; with several, which have commas between them, to the first that answers,
-    and to the others when that is lost. A stream that is lost is resumed for up to `resume_timeout_s`.
+    and to the others when that is lost.
+
+    `connect_timeout_s` is how long one may take to answer: it can still be starting, so that a connection that is
+    refused is tried again. A stream that is lost is resumed for up to `resume_timeout_s`.
 
     With `tls` it is encrypted, to a gateway whose certificate this machine trusts, or that `ca` has signed, a file of
-    PEM certificates. `api_key` is what `afd keys create` gave.
+    PEM certificates. `api_key` is what `afd keys create` gave. Raises ConfigError for what cannot be.
     """
 
     def __init__(
@@ -229,52 +241,49 @@ class Client:
         tls: bool = False,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
+        connect_timeout_s: float = 10.0,
         resume_timeout_s: float = 60.0,
     ) -> None:
         self.target = target
-        self._addresses = [address for part in target.split(",") if (address := part.strip())]
+        self._addresses = _addresses(target)
         self._channels: list[grpc.aio.Channel] = []
         self._current = 0
-        self.resume_timeout_s = resume_timeout_s
+        self.connect_timeout_s = _seconds("connect_timeout_s", connect_timeout_s)
+        self.resume_timeout_s = _seconds("resume_timeout_s", resume_timeout_s)
         self._is_tls = tls or ca is not None
         self._ca = Path(ca) if ca is not None else None
-        self._api_key = (api_key or "").strip()
-        self._metadata = (("authorization", f"Bearer {self._api_key}"),) if self._api_key else None
+        self._metadata = _metadata(api_key)
 
     async def __aenter__(self) -> Self:
-        """Raises PeerUnavailable if nothing answers there, or ConfigError for `target`, `ca` or `api_key`."""
-        if not self._addresses:
-            raise ConfigError("target names no gateway: give its gRPC address, host:port")
-        for address in self._addresses:
-            if re.match("https?://", address):
-                raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {address}")
-        if not re.fullmatch("[!-~]*", self._api_key):
-            raise ConfigError("api_key has characters that no API key has")
+        """Raises PeerUnavailable if nothing answers there, or ConfigError for `ca`, or in a forked process."""
+        _check_process()
         self._channels = [self._open_channel(address) for address in self._addresses]
         try:
             self._current = await self._first_that_answers()
-        except TimeoutError:
-            reason = await self._reason()
+        except BaseException:
             await self._close()
-            raise PeerUnavailable(f"no gateway answers at {self.target}{reason}") from None
+            raise
         return self
 
     @property
     def _stub(self) -> gateway_pb2_grpc.GatewayServiceAsyncStub:
         if not self._channels:
             raise ConfigError(_NOT_OPEN)
+        _check_process()
         return gateway_pb2_grpc.GatewayServiceStub(self._channels[self._current])
 
     async def _first_that_answers(self) -> int:
-        """Raises TimeoutError."""
-        asked = [asyncio.ensure_future(channel.channel_ready()) for channel in self._channels]
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-            return next(number for number, one in enumerate(asked) if one.done())
-        finally:
-            for one in asked:
-                one.cancel()
+        """Looks again and again: gRPC's own wait, where it is left, has events that outlive the event loop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.connect_timeout_s):
+                while True:
+                    for number, channel in enumerate(self._channels):
+                        if channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
+                            return number
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        raise PeerUnavailable(
+            f"no gateway answers at {self.target} within {self.connect_timeout_s:g} s{await self._reason()}"
+        )
 
     def _turn_from(self, gateway: int) -> None:
         """To the next one, unless another stream has turned from this one already."""
@@ -385,7 +394,7 @@ class Client:
 
 
 class SyncClient:
-    """The same without asyncio: a thin form over Client, which runs on a thread of its own."""
+    """The same without asyncio, for any number of threads: a thin form over Client."""
 
     def __init__(
         self,
@@ -394,50 +403,60 @@ class SyncClient:
         tls: bool = False,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
+        connect_timeout_s: float = 10.0,
         resume_timeout_s: float = 60.0,
     ) -> None:
-        self._client = Client(target, tls=tls, ca=ca, api_key=api_key, resume_timeout_s=resume_timeout_s)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client = Client(
+            target,
+            tls=tls,
+            ca=ca,
+            api_key=api_key,
+            connect_timeout_s=connect_timeout_s,
+            resume_timeout_s=resume_timeout_s,
+        )
+        self._is_open = False
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="afd-client", daemon=True)
-        self._thread.start()
-        try:
-            self._run(self._client.__aenter__())
-        except BaseException:
-            self._stop()
-            raise
+        """Raises PeerUnavailable if nothing answers there, or ConfigError for `ca`, or in a forked process."""
+        _check_process()
+        background.run(self._client.__aenter__())
+        self._is_open = True
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._run(self._client.__aexit__(None, None, None))
-        self._stop()
+        self._is_open = False
+        if not _is_forked():
+            background.run(self._client.__aexit__(None, None, None))
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Token]:
+        """As Client.generate; leaving the loop cancels the request."""
         return self._iterate(self._start(lambda: self._client.generate(prompt, **options)))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Iterator[Token]:
+        """As Client.chat; leaving the loop cancels the request."""
         return self._iterate(self._start(lambda: self._client.chat(messages, **options)))
 
     def resume(
         self, request_id: str, next_index: int | Sequence[int] = 0, **options: Unpack[UrgencyOptions]
     ) -> Iterator[Token]:
+        """As Client.resume; leaving the loop cancels the request."""
         return self._iterate(self._start(lambda: self._client.resume(request_id, next_index, **options)))
 
     def cancel(self, request_id: str) -> bool:
+        """As Client.cancel."""
         return self._run(self._client.cancel(request_id))
 
     def get_model(self) -> Model:
+        """As Client.get_model."""
         return self._run(self._client.get_model())
 
     def get_mesh(self) -> list[Replica]:
+        """As Client.get_mesh."""
         return self._run(self._client.get_mesh())
 
-    def _start(self, begin: Any) -> Stream:
+    def _start(self, begin: Callable[[], Stream]) -> Stream:
         async def on_loop() -> Stream:
-            stream: Stream = begin()
-            return stream
+            return begin()
 
         return self._run(on_loop())
 
@@ -449,21 +468,60 @@ class SyncClient:
             while (token := self._run(following())) is not None:
                 yield token
         finally:
-            if self._loop is not None:
-                self._run(stream.aclose())
+            if self._is_open and not _is_forked():
+                background.loop().call_soon_threadsafe(stream._cancel)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
+        try:
+            if not self._is_open:
+                raise ConfigError(_NOT_OPEN)
+            _check_process()
+        except ConfigError:
             work.close()
-            raise ConfigError(_NOT_OPEN)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            raise
+        return background.run(work)
 
-    def _stop(self) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = None
+
+def _is_forked() -> bool:
+    """From a process that has used a client."""
+    return bool(_users - {os.getpid()})
+
+
+def _check_process() -> None:
+    """Raises ConfigError."""
+    if _is_forked():
+        raise ConfigError(_FORKED)
+    _users.add(os.getpid())
+
+
+def _addresses(target: str) -> list[str]:
+    """Of a target's gateways. Raises ConfigError."""
+    if not isinstance(target, str):
+        raise ConfigError(f'target must be a text like "localhost:50051", not {target!r}')
+    addresses = [address for part in target.split(",") if (address := part.strip())]
+    if not addresses:
+        raise ConfigError("target names no gateway: give its gRPC address, host:port")
+    for address in addresses:
+        if re.match("https?://", address):
+            raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {address}")
+    return addresses
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str]] | None:
+    """Of every call. Raises ConfigError, which does not say the key."""
+    if not isinstance(api_key, str | None):
+        raise ConfigError("api_key must be a text")
+    key = (api_key or "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ConfigError("api_key has characters that no API key has")
+    return (("authorization", f"Bearer {key}"),) if key else None
+
+
+def _seconds(name: str, value: float) -> float:
+    """Raises ConfigError."""
+    if not isinstance(value, int | float) or not value >= 0:  # a NaN is not
+        raise ConfigError(f"{name} must be a number of seconds, not {value!r}")
+    return value
 
 
 def _replica(replica: pb.Replica) -> Replica:

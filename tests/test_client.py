@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -14,6 +20,51 @@ from afd import Client, SyncClient
 from afd.errors import ConfigError, InvalidRequest
 from afd.mesh import Mesh
 from tests.conftest import Model, StartMesh
+
+FINDING_NOBODY = """
+import asyncio
+from afd import Client, SyncClient
+from afd.errors import PeerUnavailable
+
+TARGET, QUICK = "localhost:1,localhost:2", {"connect_timeout_s": 0.02}
+
+
+async def find() -> None:
+    async with Client(TARGET, **QUICK):
+        pass
+
+
+def find_sync() -> None:
+    with SyncClient(TARGET, **QUICK):
+        pass
+
+
+for _ in range(10):
+    for finding in (find_sync, lambda: asyncio.run(find())):
+        try:
+            finding()
+        except PeerUnavailable as error:
+            assert str(error).startswith("no gateway answers at localhost:1,localhost:2 within 0.02 s: "), error
+"""
+FORKING = """
+import os
+import sys
+from afd import SyncClient
+from afd.errors import ConfigError
+
+with SyncClient(sys.argv[1]) as client:
+    client.get_model()
+    if not os.fork():
+        for use in (client.get_model, SyncClient(sys.argv[1]).__enter__):
+            try:
+                use()
+            except ConfigError as error:
+                print(error, flush=True)
+        os._exit(0)
+    os.wait()
+    client.get_model()
+    print("the parent goes on")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +79,53 @@ def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[
         ("", "names no gateway"),
         (" , ", "names no gateway"),
         ("here:1, http://localhost:8000", "not a URL like http://local"),
+        (None, 'a text like "localhost:50051", not None'),
+        (50051, 'a text like "localhost:50051", not 50051'),
     ],
 )
-async def test_target_that_is_none_is_refused_at_once(target: str, words: str) -> None:
+@pytest.mark.parametrize("kind", [Client, SyncClient])
+def test_target_that_is_none_is_refused_at_once(kind: Any, target: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        async with Client(target):
-            pass
+        kind(target)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"api_key": 5}, "^api_key must be a text$"),
+        ({"api_key": "afd key"}, "no API key has"),
+        ({"connect_timeout_s": "5"}, "connect_timeout_s must be a number of seconds, not '5'"),
+        ({"connect_timeout_s": float("nan")}, "connect_timeout_s must be"),
+        ({"resume_timeout_s": -1}, "resume_timeout_s must be"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_once(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SyncClient("localhost:1", **options)
+
+
+def test_clients_that_find_nobody_leave_nothing_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FINDING_NOBODY], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_forked_process_is_told_that_it_cannot_use_clients(mesh: Mesh) -> None:
+    command = [sys.executable, "-c", FORKING, mesh.target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("forked from one that has used a client") == 2, "a new one, and the one that was open"
+    assert done.stdout.endswith("the parent goes on\n")
+
+
+def test_threads_have_clients_of_their_own_or_one_together(mesh: Mesh) -> None:
+    def ask(number: int) -> int:
+        with SyncClient(mesh.target) if number % 2 else contextlib.nullcontext(shared) as client:
+            return len(list(client.generate([1, 2], max_tokens=3, ignore_eos=True)))
+
+    with SyncClient(mesh.target) as shared, ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(16))) == {3}
 
 
 @pytest.mark.parametrize("form", ["{},", ",{}", " {} , ", "dns:///{}"])

@@ -228,15 +228,13 @@ def test_a_caller_talks_to_nobody_but_the_role_it_wants(secured: Secured) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"tls": True}, {"ca": "other"}])
-def test_the_sdk_says_why_it_does_not_get_through(
-    secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("afd.client._CONNECT_TIMEOUT_S", 0.5)
+def test_the_sdk_says_why_it_does_not_get_through(secured: Secured, tmp_path: Path, options: dict[str, Any]) -> None:
     if "ca" in options:
         make_certificates(tmp_path)
         options = {"ca": tmp_path / "ca.crt"}
     words = "CERTIFICATE_VERIFY_FAILED" if options else "if it wants TLS, give tls=True or ca"
-    with pytest.raises(PeerUnavailable, match=words), SyncClient(secured.mesh.gateway.address, **options):
+    client = SyncClient(secured.mesh.gateway.address, connect_timeout_s=0.5, **options)
+    with pytest.raises(PeerUnavailable, match=words), client:
         pass
 
 
