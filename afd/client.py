@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -322,21 +322,20 @@ class Client:
 
         Raises InvalidRequest here or at the first token for what cannot be asked.
         """
-        try:
+        with _typed("prompt"):
             if isinstance(prompt, str):
                 request = pb.GenerateRequest(text=prompt)
-            else:
+            elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping):
                 request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"the prompt is neither a text nor token ids: {error}", "prompt") from None
+            else:
+                raise InvalidRequest(f"prompt must be a text or token ids, not {type(prompt).__name__}", "prompt")
         return self._start(request, options)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Stream:
         """Streams the answer to messages like {"role": "user", "content": "..."}, by the model's chat template."""
-        try:
-            chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"a message is a role and a content: {error}", "messages") from None
+        if not isinstance(messages, Iterable):
+            raise InvalidRequest(f"messages must be a list, not {type(messages).__name__}", "messages")
+        chat = pb.Chat(messages=[_message(f"messages.{number}", message) for number, message in enumerate(messages)])
         return self._start(pb.GenerateRequest(chat=chat), options)
 
     def resume(self, request_id: str, next_index: int | Sequence[int] = 0, **options: Unpack[UrgencyOptions]) -> Stream:
@@ -355,10 +354,10 @@ class Client:
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
+        with _typed("request_id"):
+            request = pb.CancelRequest(request_id=request_id)
         with _our_errors():
-            return bool(
-                (await self._stub.Cancel(pb.CancelRequest(request_id=request_id), metadata=self._metadata)).found
-            )
+            return bool((await self._stub.Cancel(request, metadata=self._metadata)).found)
 
     async def get_model(self) -> Model:
         with _our_errors():
@@ -387,6 +386,8 @@ class Client:
             request.request_id = options.get("request_id") or uuid.uuid4().hex
         with _typed("priority"):
             request.priority = urgency.priority
+        if given.get("n") == 0:  # which the contract takes for a field that is not set
+            raise InvalidRequest("n must be at least 1, not 0", "n")
         for name, value in given.items():
             with _typed(name):
                 request.sampling.MergeFrom(sampling_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
@@ -556,6 +557,21 @@ def _refuse_unknown(options: Mapping[str, object], known: Any) -> None:
         raise InvalidRequest(f"no such parameter: {', '.join(sorted(unknown))}", min(unknown))
 
 
+def _message(place: str, message: Mapping[str, str]) -> pb.ChatMessage:
+    """Raises InvalidRequest, in the words of the HTTP API."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f'{place}: must be like {{"role": "user", "content": "..."}}', "messages")
+    for name in ("role", "content"):
+        if name not in message:
+            raise InvalidRequest(f"{place}.{name} is missing", "messages")
+        if not isinstance(message[name], str):
+            raise InvalidRequest(f"{place}.{name}: must be a text", "messages")
+    if unknown := message.keys() - {"role", "content"}:
+        raise InvalidRequest(f"{place} has no field {min(unknown)!r}, only role and content", "messages")
+    with _typed(place, "messages"):
+        return pb.ChatMessage(**message)
+
+
 def _urgency(options: UrgencyOptions) -> Urgency:
     """From now on. Raises InvalidRequest."""
     timeout_s = options.get("timeout_s")
@@ -571,11 +587,14 @@ def _is_being_cancelled() -> bool:
 
 
 @contextlib.contextmanager
-def _typed(name: str) -> Iterator[None]:
+def _typed(name: str, param: str | None = None) -> Iterator[None]:
+    """Raises InvalidRequest for what protobuf does not take."""
     try:
         yield
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} has half of a surrogate pair, which is no text", param or name) from None
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name} is not of its type: {error}", name) from None
+        raise InvalidRequest(f"{name} is not of its type: {error}", param or name) from None
 
 
 @contextlib.contextmanager

@@ -131,10 +131,14 @@ class JournalGap(InternalError):
         self.num_tokens = num_tokens
 
 
-def error_for_grpc_code(code: str, message: str, retry_after_s: float | None = None) -> AfdError:
+def error_for_grpc_code(
+    code: str, message: str, retry_after_s: float | None = None, param: str | None = None
+) -> AfdError:
     """The error of the tree that a gRPC status (its name, as "UNAVAILABLE") stands for."""
     error = _BY_GRPC_CODE.get(code, InternalError)(message)
     error.retry_after_s = retry_after_s
+    if isinstance(error, InvalidRequest):
+        error.param = param
     return error
 
 

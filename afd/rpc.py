@@ -66,7 +66,9 @@ _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-_RETRY_AFTER = "retry-after"  # seconds, in trailing metadata; as HTTP's header
+# Of trailing metadata.
+_RETRY_AFTER = "retry-after"  # seconds; as HTTP's header
+_PARAM = "afd-param"  # the field at fault
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Stub = TypeVar("Stub")
@@ -77,7 +79,7 @@ def to_error(error: grpc.RpcError) -> AfdError:
     code, details = error.code(), error.details()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in (details or ""):  # gRPC's own words
         details = "the call took longer than its deadline allows"
-    return error_for_grpc_code(code.name, details or code.name, _retry_after_s(error))
+    return error_for_grpc_code(code.name, details or code.name, _retry_after_s(error), _trailing(error, _PARAM))
 
 
 def to_peer_error(error: grpc.RpcError) -> AfdError:
@@ -90,15 +92,23 @@ def to_peer_error(error: grpc.RpcError) -> AfdError:
 
 
 def _retry_after_s(error: grpc.RpcError) -> float | None:
-    metadata = cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata() or ())
-    with contextlib.suppress(ValueError):
-        return next((float(value) for key, value in metadata if key == _RETRY_AFTER), None)
-    return None  # somebody else's, which is a date
+    with contextlib.suppress(ValueError):  # somebody else's, which is a date
+        return float(_trailing(error, _RETRY_AFTER) or "")
+    return None
+
+
+def _trailing(error: grpc.RpcError, name: str) -> str | None:
+    metadata = cast(Iterable[tuple[str, str]], error.trailing_metadata() or ())
+    return next((value for key, value in metadata if key == name), None)
 
 
 async def abort(context: Context, error: AfdError) -> None:
-    """Ends the call with the error's status and sentence, and with when to come again."""
-    metadata = () if error.retry_after_s is None else ((_RETRY_AFTER, f"{error.retry_after_s:.3f}"),)
+    """Ends the call with the error's status and sentence, with when to come again, and with the field at fault."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    if error.retry_after_s is not None:
+        metadata += ((_RETRY_AFTER, f"{error.retry_after_s:.3f}"),)
+    if isinstance(error, InvalidRequest) and error.param:
+        metadata += ((_PARAM, error.param),)
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), metadata)
 
 

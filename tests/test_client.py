@@ -175,7 +175,45 @@ def test_sync_client_that_is_not_open_says_how_to_open_it(mesh: Mesh) -> None:
 
 async def test_half_a_surrogate_pair_is_refused(mesh: Mesh) -> None:
     async with Client(mesh.target) as client:
-        with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+        with pytest.raises(InvalidRequest, match=r"^prompt has half of a surrogate pair"):
             client.generate("a\ud800")
-        with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+        with pytest.raises(InvalidRequest, match=r"^messages\.0 has half of a surrogate pair"):
             client.chat([{"role": "user", "content": "a\ud800"}])
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "messages must be a list, not NoneType"),
+        ("hello", 'messages.0: must be like {"role": "user", "content": "..."}'),
+        ([USER, None], 'messages.1: must be like {"role": "user", "content": "..."}'),
+        ([{"role": "user"}], "messages.0.content is missing"),
+        ([{"content": "x"}], "messages.0.role is missing"),
+        ([{"role": 5, "content": "x"}], "messages.0.role: must be a text"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "messages.0.content: must be a text"),
+        ([{**USER, "name": "Ann"}], "messages.0 has no field 'name', only role and content"),
+    ],
+)
+async def test_what_is_no_message_is_refused_in_a_sentence(mesh: Mesh, messages: Any, words: str) -> None:
+    async with Client(mesh.target) as client:
+        with pytest.raises(InvalidRequest) as caught:
+            client.chat(messages)
+    assert (str(caught.value), caught.value.param) == (words, "messages")
+
+
+async def test_what_the_gateway_refuses_names_the_field_at_fault(mesh: Mesh) -> None:
+    async with Client(mesh.target) as client:
+        for stream, param, words in (
+            (client.generate([1, 2], temperature=-1), "temperature", "temperature must be from 0 to 100"),
+            (client.generate([1, 2], logit_bias={3: 1000}), "logit_bias", "logit_bias of token 3 must be"),
+            (client.generate([]), "prompt", "the prompt is empty"),
+            (client.generate([1], request_id="two words"), "request_id", "request_id must be"),
+        ):
+            with pytest.raises(InvalidRequest, match=words) as caught:
+                await anext(stream)
+            assert caught.value.param == param
+        with pytest.raises(InvalidRequest, match=r"^request_id is not of its type"):
+            await client.cancel(5)  # type: ignore[arg-type]

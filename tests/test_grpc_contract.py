@@ -271,6 +271,9 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
         bad: list[tuple[Any, dict[str, Any], str]] = [
             ([-1], {}, "prompt"),
             (["x"], {}, "prompt"),
+            (None, {}, "prompt must be a text or token ids, not NoneType"),
+            (b"x", {}, "prompt must be a text or token ids, not bytes"),
+            ("x", {"n": 0}, "n must be at least 1, not 0"),
             ("x", {"max_tokens": "many"}, "max_tokens is not of its type"),
             ("x", {"top_k": -1}, "top_k is not of its type"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),

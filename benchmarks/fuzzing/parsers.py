@@ -62,7 +62,8 @@ def completion(data: bytes) -> None:
 
 def chat(data: bytes) -> None:
     body = ChatBody.model_validate(json.loads(data))
-    assert [message.for_template()["role"] for message in body.messages]
+    for number, message in enumerate(body.messages):
+        assert "role" in message.for_template(number)
 
 
 def sampling(data: bytes) -> None:

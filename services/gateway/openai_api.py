@@ -139,7 +139,7 @@ async def _ask_chat(body: ChatBody, tokenizer: Tokenizer) -> _Asked:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    messages = [message.for_template() for message in body.messages]
+    messages = [message.for_template(number) for number, message in enumerate(body.messages)]
     prompt_ids = await tokenizer.encode_chat(messages, body.add_generation_prompt)
     params = body.sampling(max_tokens, body.top_logprobs or 0)
     return _Asked([prompt_ids], params, urgency, body.request_id or uuid.uuid4().hex)

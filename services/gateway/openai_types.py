@@ -144,21 +144,42 @@ class CompletionBody(SamplingBody):
         return [token_ids] if token_ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TextPart(_Body):
-    type: Literal["text"]
-    text: StrictStr
+def _text_of(content: Any) -> Any:
+    """A message's text; that of all parts, joined."""
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(map(_is_text_part, content)):
+        return "".join(part["text"] for part in content)
+    raise ValueError('must be a text, or a list of parts like {"type": "text", "text": "..."}')
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    )
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow")  # templates may use more fields, such as `name`
 
-    role: Annotated[StrictStr, Field(min_length=1)]
-    content: Annotated[StrictStr | list[TextPart] | None, _at_most(_MAX_PARTS)] = None
+    role: StrictStr
+    content: Annotated[str | None, PlainValidator(_text_of), _at_most(_MAX_PARTS)] = None
 
-    def for_template(self) -> dict[str, Any]:
-        content = self.content
-        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        return {**self.model_dump(), "content": text}
+    @model_validator(mode="before")
+    @classmethod
+    def _is_object(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError('must be like {"role": "user", "content": "..."}')
+        return value
+
+    def for_template(self, number: int) -> dict[str, Any]:
+        """Raises InvalidRequest."""
+        if self.content is None and self.role != "assistant":  # whose message can be a call of a tool
+            raise InvalidRequest(f"messages.{number}.content is missing", "messages")
+        return {**self.model_dump(), "content": self.content or ""}
 
 
 class TextFormat(_Body):
@@ -166,7 +187,7 @@ class TextFormat(_Body):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1), _at_most(MAX_MESSAGES)]
+    messages: Annotated[list[Message], FailFast(), _at_most(MAX_MESSAGES)]
     max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None

@@ -106,10 +106,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             return list(request.token_ids.ids)
         if kind == "chat":
             first = request.chat.messages[: MAX_MESSAGES + 1]  # one more is refused
-            messages = [{"role": m.role, "content": m.content} for m in first]
-            if not messages:
-                raise InvalidRequest("the chat has no messages", "chat")
-            return await tokenizer.encode_chat(messages)
+            return await tokenizer.encode_chat([{"role": m.role, "content": m.content} for m in first])
         raise InvalidRequest("the request has no prompt", "prompt")
 
 

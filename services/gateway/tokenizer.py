@@ -18,6 +18,7 @@ from afd.model.config import read_json
 from afd.model.sampling_params import is_unicode
 
 MAX_MESSAGES = 4096  # of a chat
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # those of OpenAI's API
 _LONG_TEXT = 10_000  # characters: a few milliseconds
 
 
@@ -40,10 +41,9 @@ class Tokenizer:
 
     async def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, by the chat template, which writes the special tokens itself."""
+        _check_messages(messages)
         if self._chat_template is None:
             raise InvalidRequest("this model has no chat template; use a completion", "messages")
-        if len(messages) > MAX_MESSAGES:
-            raise InvalidRequest(f"a chat can have {MAX_MESSAGES} messages at most", "messages")
         try:
             text = self._chat_template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens()
@@ -114,6 +114,18 @@ class TextStream:
     def rest(self) -> str:
         """What is left at the end: an incomplete character, as the replacement character."""
         return self._tokenizer.decode(self._ids)[self._num_chars :]
+
+
+def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
+    """Raises InvalidRequest. Templates write any role, and what a role says, as it is into the prompt."""
+    if not messages:
+        raise InvalidRequest("the chat has no messages", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"a chat can have {MAX_MESSAGES} messages at most", "messages")
+    for number, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            names = ", ".join(ROLES)
+            raise InvalidRequest(f"messages.{number}.role must be one of {names}, not {message['role']!r}", "messages")
 
 
 def _load_tokenizer(path: Path) -> HuggingFaceTokenizer | None:
