@@ -50,39 +50,61 @@ _FINISH_REASONS: dict[int, str | None] = {
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of generate and chat; protos/afd/v1/sampling.proto says what each one does."""
+    """How tokens are chosen: keyword arguments of generate and chat. One that is None, or not given, does not apply,
+    but for the defaults below. The order is logit_bias, penalties, temperature, min_p, top_k, top_p."""
 
     max_tokens: int | None
+    """Most tokens of a choice, from 1 on; by default as many as the model's context has room for."""
     temperature: float
+    """From 0 to 100. 0, the default, is greedy: the most likely token."""
     top_k: int | None
+    """Keep the k most likely tokens: from 1 to the size of the vocabulary."""
     top_p: float | None
+    """Keep the smallest set of tokens whose probabilities sum to at least this: over 0, up to 1."""
     min_p: float | None
+    """Keep tokens at least this fraction as likely as the most likely one: from 0 to 1."""
     repetition_penalty: float | None
+    """Over 1 makes tokens of the prompt and the output less likely, under 1 more: over 0, up to 100."""
     presence_penalty: float | None
+    """Subtracted once from the logit of every token that is in the output: from -2 to 2."""
     frequency_penalty: float | None
+    """Subtracted from a token's logit as often as it is in the output: from -2 to 2."""
     logit_bias: Mapping[int, float]
+    """Added to the logits of these token ids, from -100 to 100 each; at most 1024 of them."""
     seed: int | None
+    """From 0 to 2**64 - 1. The same request with the same seed draws the same tokens, in bfloat16 up to the rounding of
+    what else is in its batch. By default the gateway picks one."""
     stop: str | Sequence[str]
+    """The text ends before any of these strings, at most 16, which are not part of it."""
     stop_token_ids: Sequence[int]
+    """The text ends with any of these tokens; at most 1024 of them."""
     min_tokens: int
+    """Tokens before which neither an end-of-sequence token nor one of stop_token_ids is drawn: from 0, the default, to
+    max_tokens."""
     ignore_eos: bool
+    """Go on behind the model's end-of-sequence token. False by default."""
     n: int
+    """Independent choices for the prompt, from 1, the default, to 128; `Token.choice` tells them apart."""
     top_logprobs: int
+    """How many of the most likely alternatives to report with each token: from 0, the default, to 20."""
 
 
 class UrgencyOptions(TypedDict, total=False):
     """Keyword arguments of generate, chat and resume: they belong to the call, and whoever resumes says them anew."""
 
-    priority: int  # lower goes first where there is not room for all; 0 where it is not given
-    timeout_s: float | None  # for the whole answer, up to a day; then DeadlineExceeded
+    priority: int
+    """Lower goes first where there is not room for all: from -2**31 to 2**31 - 1, by default 0."""
+    timeout_s: float | None
+    """Seconds for the whole answer, from 0 to 86400, a day; then DeadlineExceeded. By default the gateway's limit."""
 
 
 class Options(SamplingOptions, UrgencyOptions, total=False):
-    """All keyword arguments of generate and chat."""
+    """All keyword arguments of generate and chat: those of SamplingOptions and UrgencyOptions, and `request_id`."""
 
-    # For `resume` and `cancel`; one is made up where none is given. One that runs is refused, but for another gateway,
-    # which begins the request anew, so that the earlier stream ends.
     request_id: str
+    """For `resume` and `cancel`: at most 128 printable ASCII characters without spaces; one is made up where none is
+    given. One that runs is refused, but for another gateway, which begins the request anew, so that the earlier stream
+    ends."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +112,18 @@ class Token:
     """One token of the answer. The texts of a choice's tokens, joined, are its text."""
 
     index: int
+    """Its place in the choice, from 0 on."""
     id: int
     text: str
+    """What it completes; empty while a character, or what may be a stop string, is not whole."""
     logprob: float
+    """Natural, before penalties and temperature."""
     top_logprobs: tuple[tuple[int, float], ...]
-    finish_reason: str | None  # on the last token of a choice: "stop" or "length"
+    """Ids and log-probabilities of the most likely alternatives."""
+    finish_reason: str | None
+    """On the last token of a choice "stop" or "length"; None on the others."""
     choice: int
+    """Which of the n choices, from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +346,8 @@ class Client:
         await self._close()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """Streams the tokens that follow a text or token ids; greedy unless a temperature is given.
+        """Streams the tokens that follow a text or token ids; greedy unless a temperature is given. `Options` says what
+        each option means.
 
         Raises InvalidRequest here or at the first token for what cannot be asked.
         """
@@ -332,7 +361,8 @@ class Client:
         return self._start(request, options)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Stream:
-        """Streams the answer to messages like {"role": "user", "content": "..."}, by the model's chat template."""
+        """Streams the answer to messages like {"role": "user", "content": "..."}, by the model's chat template. A role
+        is system, developer, user, assistant, tool or function. Options and errors are those of `generate`."""
         if not isinstance(messages, Iterable):
             raise InvalidRequest(f"messages must be a list, not {type(messages).__name__}", "messages")
         chat = pb.Chat(messages=[_message(f"messages.{number}", message) for number, message in enumerate(messages)])

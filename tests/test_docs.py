@@ -16,6 +16,7 @@ from google.protobuf.descriptor import Descriptor
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from afd.client import Options
 from afd.v1 import gateway_pb2, sampling_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,3 +112,11 @@ def test_reference_has_the_whole_protocol_and_the_whole_sdk(site: Path) -> None:
     sdk = (site / "reference" / "sdk.html").read_text()
     for name in ("Client.generate", "SyncClient.resume", "Stream.aclose", "Token.logprob", "SamplingOptions.top_p"):
         assert f'id="afd.client.{name}"' in sdk
+
+
+def test_reference_says_what_each_option_means(site: Path) -> None:
+    sdk = (site / "reference" / "sdk.html").read_text()
+    said = re.findall(
+        r'id="afd\.client\.\w*Options\.(\w+)"(?:(?!<h[23]).)*?<div class="doc doc-contents[^>]*>\s*<p>', sdk, re.S
+    )
+    assert set(said) == set(Options.__annotations__)
