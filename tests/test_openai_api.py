@@ -8,17 +8,21 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
 from afd import Client, SyncClient, Token
 from afd.bench import counters
 from afd.mesh import Mesh
+from services.gateway.openai_api import _events, make_app
+from services.gateway.openai_format import Part
 from tests.conftest import Model, StartMesh, wait_for_zero
 
 CHAT_TEMPLATE = (
@@ -408,3 +412,30 @@ def test_bad_requests_do_not_disturb_their_neighbours(api: Api) -> None:
 
     tokens = asyncio.run(run())
     api.model.check_greedy([5, 6, 7], [token.id for token in tokens], [token.logprob for token in tokens])
+
+
+async def test_unforeseen_error_is_an_error_object_whose_number_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    nothing: Any = None  # so that /health, which asks it, fails
+    app = make_app(nothing, nothing, nothing, "a model", 1000)
+    transport = httpx2.ASGITransport(app=app)  # which raises what the application does
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        response = await client.get("/health")
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "internal", None)
+    assert "NoneType" not in error["message"]
+    (record,) = caplog.records
+    assert record.getMessage().removeprefix("internal error ") == error["message"].rpartition(" ")[2]
+    assert record.exc_info, "with its traceback"
+
+
+async def test_unforeseen_error_in_a_stream_is_its_last_event() -> None:
+    async def failing() -> AsyncGenerator[list[Part], None]:
+        raise RuntimeError("a secret of ours")
+        yield []
+
+    form: Any = SimpleNamespace(opening=lambda admitted: ())
+    admitted: Any = [SimpleNamespace(resumed_at=None, request_id="x", params=SimpleNamespace(n=1))]
+    (event,) = [event async for event in _events(failing(), form, admitted)]
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert error["message"].startswith("internal error; the gateway's log has it as ")

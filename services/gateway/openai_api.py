@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import time
 import uuid
@@ -22,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd import tasks
-from afd.errors import AfdError, Cancelled, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
+from afd.errors import AfdError, Cancelled, InternalError, InvalidRequest, NotFound, PeerUnavailable, Unauthenticated
 from afd.model.sampling_params import SamplingParams
 from afd.urgency import Urgency
 from services.gateway.auth import Caller, Gatekeeper
@@ -35,6 +36,8 @@ from services.gateway.openai_types import ChatBody, CompletionBody
 from services.gateway.place import Place, request_ids
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.topology import Topology
+
+log = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/health", "/metrics", *PAGE_PATHS)  # need no API key
 # FastAPI's own, which newer versions have, traces probes and scrapes, too, and logs what validation has refused: that
@@ -241,6 +244,8 @@ async def _events(
         yield "data: [DONE]\n\n"
     except AfdError as error:
         yield _event(_error_body(error))
+    except Exception:
+        yield _event(_error_body(_unforeseen()))
 
 
 class _EventStream(StreamingResponse):
@@ -362,8 +367,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": {**body, "param": None, "code": None}}, error.status_code, headers=error.headers)
 
 
+def _unforeseen() -> InternalError:
+    """For an exception that nobody foresaw: it is logged under a number, and the caller is told no more than that."""
+    number = uuid.uuid4().hex
+    log.exception("internal error %s", number)
+    return InternalError(f"internal error; the gateway's log has it as {number}")
+
+
 class _Farewell:
-    """When the server stops, it cancels what still runs, and would say 500 where no answer has begun."""
+    """Answers where the application does not: because it fails, or because the server stops and cancels it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -381,6 +393,10 @@ class _Farewell:
         except asyncio.CancelledError:
             if not has_begun:
                 await _refusal(PeerUnavailable("this gateway stops; ask another one"))(scope, receive, send)
+        except Exception:
+            if has_begun:
+                raise  # the server ends the connection
+            await _refusal(_unforeseen())(scope, receive, send)
 
 
 class _KeyCheck:
