@@ -43,9 +43,8 @@ class Authority:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if (folder / "ca.key").exists():
                 return cls._load(folder)
-            others = sorted(str(path.relative_to(folder)) for path in (*folder.glob("ca.crt"), *folder.glob("*/tls.*")))
-            if others:
-                raise ConfigError(f"{folder} has {others[0]}, but not the ca.key behind it: give another folder")
+            if (folder / "ca.crt").exists():
+                raise ConfigError(f"{folder} has a ca.crt, but not the ca.key behind it: give another folder")
             return cls._make(folder)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no certificate authority in {folder}: {error}") from None

@@ -1184,12 +1184,12 @@ def test_compose_and_the_chart_have_the_same_redis() -> None:
     (redis,) = case("everything named").of_role("redis")
     assert compose["image"] == f"${{REDIS_IMAGE:-{redis.container['image']}}}"
     assert compose["user"] == "{runAsUser}:{runAsGroup}".format_map(redis.spec["securityContext"])
-    options, _, users = compose["command"].partition(" --user ")
-    options = options.replace("${REDIS_MAXMEMORY:-1gb}", case("everything named").values["redis"]["maxMemory"])
-    assert [word.strip('"') for word in options.split()] == redis.container["args"][: len(options.split())]
-    assert redis.container["args"][len(options.split()) :] == ["--aclfile", "/etc/redis/users.acl"]
-    quoted = str.maketrans("", "", "'")
-    in_compose = {words.split()[0]: words.translate(quoted).split()[1:] for words in users.split(" --user ")}
+    first_user = compose["command"].index("--user")
+    max_memory = case("everything named").values["redis"]["maxMemory"]
+    options = [word.replace("${REDIS_MAXMEMORY:-1gb}", max_memory) for word in compose["command"][:first_user]]
+    assert redis.container["args"] == [*options, "--aclfile", "/etc/redis/users.acl"]
+    users = " ".join(compose["command"][first_user:]).split("--user ")[1:]
+    in_compose = {name: rules for name, *rules in (user.split() for user in users)}
     (secret,) = case("everything named").of("Secret")
     lines = [line.split() for line in secret["stringData"]["users.acl"].splitlines()]
     in_chart = {name: rules for _, name, *rules in lines}

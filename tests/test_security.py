@@ -331,9 +331,7 @@ def test_certificates_of_another_ca_are_not_overwritten(tmp_path: Path) -> None:
     make_certificates(tmp_path)
     (tmp_path / "ca.key").unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.crt")}
-    with pytest.raises(
-        ConfigError, match=r"has attention/tls\.crt, but not the ca\.key behind it: give another folder"
-    ):
+    with pytest.raises(ConfigError, match=r"has a ca\.crt, but not the ca\.key behind it: give another folder"):
         make_certificates(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.crt")} == before
 
