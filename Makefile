@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 COMPOSE := docker compose --file compose.yaml $(if $(TLS),--file compose.tls.yaml) \
 	$(if $(GPU),--file compose.gpu.yaml) $(addprefix --profile ,$(PROFILES))
 WAIT_S ?= 180
+JOBS ?= 2
 ifneq ($(filter observability,$(PROFILES)),)
 export OTEL_EXPORTER_OTLP_ENDPOINT ?= http://otel-collector:4317
 endif
@@ -60,8 +61,8 @@ down:  ## stop it; what is in its volumes stays
 e2e: setup  ## the mesh in containers, asked, killed, cut off and upgraded (needs Docker)
 	$(BIN)/pytest -m e2e tests/e2e
 
-test: setup  ## the whole suite but slow and GPU tests
-	$(BIN)/pytest
+test: setup  ## the whole suite but slow and GPU tests; JOBS=2 files at once
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 test-slow: setup  ## the slow ones
 	$(BIN)/pytest -m slow
