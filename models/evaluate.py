@@ -19,7 +19,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from afd.model.checkpoint import Checkpoint
-from afd.model.config import read_json
+from afd.model.fields import read_json
 from afd.model.transformer import Transformer
 from afd.model.weights import load_all
 from models.tasks import TASKS, held_out

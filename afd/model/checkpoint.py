@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from afd.errors import CheckpointError
-from afd.model.config import ModelConfig, read_json
+from afd.model.config import ModelConfig
+from afd.model.fields import read_json
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 INDEX_NAME = "model.safetensors.index.json"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from afd.errors import CheckpointError
+from afd.model.fields import Fields, read_json
 
 MODEL_TYPE = "step3_text"
 VLM_TYPES = ("step3_vl", "step3")  # with the text part inside
@@ -55,7 +54,7 @@ class ModelConfig:
         """
         path = Path(model_dir) / "config.json"
         raw = read_json(path)
-        fields = _Fields(path, _text_part(raw))
+        fields = Step3Fields(path, _text_part(raw))
         model_type = fields.raw("model_type")
         if model_type != MODEL_TYPE:
             fields.refuse("model_type", f"{model_type!r} cannot be served; the supported one is {MODEL_TYPE!r}")
@@ -80,65 +79,15 @@ class ModelConfig:
             rope_theta=fields.rope_theta(),
             rms_norm_eps=fields.positive("rms_norm_eps"),
             bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
-            eos_token_ids=_Fields(generation_path, generation).token_ids("eos_token_id")
+            eos_token_ids=Fields(generation_path, generation).token_ids("eos_token_id")
             or fields.token_ids("eos_token_id"),
         )
         fields.check(config)
         return config
 
 
-class _Fields:
-    """The fields of one config file; every refusal names the file, the field and the way out."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def refuse(self, name: str, why: str) -> NoReturn:
-        raise CheckpointError(f"{self.path}: {name}: {why}")
-
-    def raw(self, name: str) -> Any:
-        if self.values.get(name) is None:
-            raise CheckpointError(f"{self.path}: {name} is missing")
-        return self.values[name]
-
-    def count(self, name: str) -> int:
-        value = self.raw(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(name, f"{value!r} is not a positive whole number")
-        return int(value)
-
-    def least(self, *names: str) -> int:
-        """The smallest of several fields that limit the same thing; one must be there."""
-        given = [name for name in names if self.values.get(name) is not None]
-        return min(self.count(name) for name in given or names[:1])
-
-    def positive(self, name: str) -> float:
-        value = self.raw(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            self.refuse(name, f"{value!r} is not a positive number")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
-        if not isinstance(value, bool):
-            self.refuse(name, f"{value!r} is neither true nor false")
-        return bool(value)
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id or a list of them; none where the field is absent or null."""
-        value = self.values.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token_id in ids:
-            if type(token_id) is not int:
-                self.refuse(name, f"{token_id!r} is not a token id")
-        return tuple(ids)
-
-    def table(self, name: str) -> dict[str, Any]:
-        value = self.values.get(name)
-        if not isinstance(value, dict | None):
-            self.refuse(name, f"{value!r} is not a JSON object")
-        return value or {}
+class Step3Fields(Fields):
+    """Those of Step-3's file."""
 
     def moe_layers(self) -> frozenset[int]:
         """`moe_layers_enum` is a string "4,5,6" (or a list); without it every layer but the first has experts."""
@@ -158,7 +107,7 @@ class _Fields:
         """`rope_parameters`, as transformers 5 writes it, goes before the plain field."""
         rope = self.table("rope_parameters")
         if "rope_theta" in rope:
-            return _Fields(self.path, rope).positive("rope_theta")
+            return Fields(self.path, rope).positive("rope_theta")
         return self.positive("rope_theta")
 
     def refuse_unsupported(self) -> None:
@@ -192,20 +141,3 @@ def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(raw.get("text_config"), dict):
         return raw
     return {**raw, "model_type": MODEL_TYPE, **raw["text_config"]} if raw.get("model_type") in VLM_TYPES else raw
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError with a sentence if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is no model directory: it has no {path.name}") from None
-    except NotADirectoryError:
-        raise CheckpointError(f"{path.parent} is not a directory") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value

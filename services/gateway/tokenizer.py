@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import DecodeStream
 
 from afd.errors import CheckpointError, InvalidRequest
-from afd.model.config import read_json
+from afd.model.fields import read_json
 from afd.model.sampling_params import is_unicode
 
 MAX_MESSAGES = 4096  # of a chat

@@ -1,0 +1,118 @@
+"""The tables of the Step-3 paper's cost analysis (arXiv 2507.19427, section 4), computed, beside what it prints."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from afd.planner.accelerators import Accelerator, load_accelerators
+from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_sparsity, token_cost
+from afd.planner.shape import ModelShape, load_shape
+
+CARDS = ("H800", "H20", "A800", "910B")
+CONTEXTS = (8192, 32768)
+AFD = "AFD"  # each part on its cheapest card
+_DOLLARS = "$/Mtoken"
+TPOT_S = 0.05
+
+_EIGHT_BITS = KvFormat()
+_WHOLE_IN_BF16 = KvFormat(whole_context_bytes=2)
+MODELS = {
+    "DeepSeek-V3": ("deepseek-v3", _EIGHT_BITS),
+    "Kimi K2": ("kimi-k2", _EIGHT_BITS),
+    "Qwen3 MoE 235B-A22B": ("qwen3-235b-a22b", _EIGHT_BITS),
+    "Qwen3 32B": ("qwen3-32b", _EIGHT_BITS),
+    "Llama 4 Maverick": ("llama-4-maverick", _WHOLE_IN_BF16),
+    "MiniMax M1": ("minimax-m1", _WHOLE_IN_BF16),
+    "ERNIE 4.5": ("ernie-4.5-300b-a47b", _EIGHT_BITS),
+    "Pangu Pro MoE": ("pangu-pro-moe", _EIGHT_BITS),
+    "Step-3": ("step-3", _EIGHT_BITS),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table, and what the paper prints for it where that is known."""
+
+    quantity: str
+    model: str | None
+    context: int | None
+    card: str | None
+    value: float
+    unit: str
+    printed: float | None = None
+
+
+@cache
+def cards() -> dict[str, Accelerator]:
+    every = load_accelerators()
+    return {name: every[name] for name in CARDS}
+
+
+@cache
+def shape_of(model: str) -> ModelShape:
+    return load_shape(MODELS[model][0])
+
+
+def cost_of(model: str, context: float) -> TokenCost:
+    return token_cost(shape_of(model), context, MODELS[model][1])
+
+
+def cells() -> list[Cell]:
+    """All of them."""
+    printed = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
+    found = list(_of_cards(printed["roofline"]))
+    for model in MODELS:
+        for context in CONTEXTS:
+            at_8k = context == CONTEXTS[0]
+            found += _of_token(model, context, printed["per_token"][model] if at_8k else [None] * 4)
+            found += _of_money(model, context, printed["attention_dollars"][model] if at_8k else [None] * 4)
+            found += _of_ffn_money(model, context, printed["ffn_dollars"][model])
+            found.append(_best_total(model, context, printed["total_dollars"].get(model) if at_8k else None))
+            found.append(_intensity(model, context, printed["intensity"].get(model)))
+    return found
+
+
+def _of_cards(rooflines: dict[str, float]) -> Iterator[Cell]:
+    step3 = shape_of("Step-3")
+    for name, card in cards().items():
+        yield Cell("unit_flop", None, None, name, card.unit_flop, "$/FLOP")
+        yield Cell("unit_byte", None, None, name, card.unit_byte, "$/byte")
+        yield Cell("roofline", None, None, name, card.roofline, "FLOP/byte", rooflines[name])
+        yield Cell("min_sparsity", "Step-3", None, name, min_sparsity(step3, card, TPOT_S), "1")
+
+
+def _of_token(model: str, context: int, printed: Sequence[float | None]) -> Iterator[Cell]:
+    cost = cost_of(model, context)
+    yield Cell("kv_bytes", model, context, None, cost.kv_bytes, "byte", printed[0])
+    yield Cell("attention_flops", model, context, None, cost.attention_flops, "FLOP", printed[1])
+    yield Cell("linear_flops", model, context, None, cost.linear_flops, "FLOP", printed[2])
+    yield Cell("ffn_flops", model, context, None, cost.ffn_flops, "FLOP", printed[3])
+
+
+def _of_money(model: str, context: int, printed: Sequence[float | None]) -> Iterator[Cell]:
+    """On one kind of card: attention's part, and both together."""
+    cost = cost_of(model, context)
+    for (name, card), known in zip(cards().items(), printed, strict=True):
+        yield Cell("attention_cost", model, context, name, cost.attention_dollars(card), _DOLLARS, known)
+        yield Cell("total_cost", model, context, name, Pair(card, card).dollars(cost), _DOLLARS)
+
+
+def _of_ffn_money(model: str, context: int, printed: Sequence[float]) -> Iterator[Cell]:
+    cost = cost_of(model, context)
+    for (name, card), known in zip(cards().items(), printed, strict=True):
+        yield Cell("ffn_cost", model, context, name, cost.ffn_dollars(card), _DOLLARS, known)
+
+
+def _best_total(model: str, context: int, printed: float | None) -> Cell:
+    cost = cost_of(model, context)
+    return Cell(
+        "total_cost", model, context, AFD, cheapest_pair(cost, cards().values()).dollars(cost), _DOLLARS, printed
+    )
+
+
+def _intensity(model: str, context: int, printed: float | None) -> Cell:
+    return Cell("intensity", model, context, None, cost_of(model, context).intensity, "FLOP/byte", printed)
