@@ -1,5 +1,5 @@
 """The command line: `afd up`, `scale`, `layout`, `generate`, `chat`, `top`, `bench`, `trace`, `doctor`, `certs`,
-`keys`, `make-checkpoint`."""
+`keys`, `plan`, `make-checkpoint`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from afd.config import parse_microbatches, refuse_unknown_variables
 from afd.errors import AfdError, ConfigError
 from afd.mesh import Mesh, MeshOptions, ready_file_of, refuse_ready_file, running_mesh, write_ready_file
 from afd.placement import Cores
+from afd.planner import cli as planner_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(keys.app, name="keys")
+app.add_typer(planner_cli.app, name="plan")
 console = Console()
 notes = Console(stderr=True)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from afd.cli import app
 from afd.errors import ConfigError
+from afd.planner import paper
 from afd.planner.accelerators import Accelerator, accelerator, load_accelerators
 from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_sparsity, token_cost
 from afd.planner.layers import Ffn, GroupedQuery, Lightning, MultiLatent, MultiMatrix
@@ -207,3 +211,49 @@ def test_other_files_of_known_families_are_read(tmp_path: Path) -> None:
     write(path, json.dumps(config))
     windows = [attention.window for attention, _ in load_shape(str(tmp_path)).layers]  # type: ignore[attr-defined]
     assert windows == [512, None, 512, None]
+
+
+def test_the_command_prints_the_papers_tables_and_writes_each_cell(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", "paper", "--json", str(tmp_path / "cells.json")])
+    assert done.exit_code == 0, done.output
+    assert "157 of 157 numbers" in done.output
+    written = json.loads((tmp_path / "cells.json").read_text())
+    assert len(written) == len(cells())
+    (best,) = [
+        cell for cell in written if (cell["model"], cell["context"], cell["card"]) == ("Step-3", 8192, AFD)
+    ]  # nothing but the total has two kinds of cards
+    assert best == {
+        "quantity": "total_cost",
+        "model": "Step-3",
+        "context": 8192,
+        "card": "AFD",
+        "value": pytest.approx(0.055, abs=0.0015),
+        "unit": "$/Mtoken",
+    }
+
+
+def test_the_command_fails_where_a_number_is_not_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [replace(cell, value=cell.value * 1.01) for cell in cells()]
+    monkeypatch.setattr(paper, "cells", lambda: wrong)
+    assert CliRunner().invoke(app, ["plan", "paper"]).exit_code == 1
+
+
+def test_the_papers_figures_are_drawn_and_are_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for folder in ("first", "second"):
+        done = CliRunner().invoke(app, ["plan", "paper", "--pictures", str(tmp_path / folder)])
+        assert done.exit_code == 0, done.output
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == sorted(
+        f"{figure}.{kind}"
+        for figure in (
+            "attention-and-ffn-share",
+            "cost-against-context",
+            "intensity-against-rooflines",
+            "kv-against-compute",
+        )
+        for kind in ("png", "svg")
+    )
+    for path in (tmp_path / "first").glob("*.svg"):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+        assert "Step-3" in path.read_text()

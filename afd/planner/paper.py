@@ -15,7 +15,7 @@ from afd.planner.shape import ModelShape, load_shape
 CARDS = ("H800", "H20", "A800", "910B")
 CONTEXTS = (8192, 32768)
 AFD = "AFD"  # each part on its cheapest card
-_DOLLARS = "$/Mtoken"
+DOLLARS = "$/Mtoken"
 TPOT_S = 0.05
 
 _EIGHT_BITS = KvFormat()
@@ -97,20 +97,20 @@ def _of_money(model: str, context: int, printed: Sequence[float | None]) -> Iter
     """On one kind of card: attention's part, and both together."""
     cost = cost_of(model, context)
     for (name, card), known in zip(cards().items(), printed, strict=True):
-        yield Cell("attention_cost", model, context, name, cost.attention_dollars(card), _DOLLARS, known)
-        yield Cell("total_cost", model, context, name, Pair(card, card).dollars(cost), _DOLLARS)
+        yield Cell("attention_cost", model, context, name, cost.attention_dollars(card), DOLLARS, known)
+        yield Cell("total_cost", model, context, name, Pair(card, card).dollars(cost), DOLLARS)
 
 
 def _of_ffn_money(model: str, context: int, printed: Sequence[float]) -> Iterator[Cell]:
     cost = cost_of(model, context)
     for (name, card), known in zip(cards().items(), printed, strict=True):
-        yield Cell("ffn_cost", model, context, name, cost.ffn_dollars(card), _DOLLARS, known)
+        yield Cell("ffn_cost", model, context, name, cost.ffn_dollars(card), DOLLARS, known)
 
 
 def _best_total(model: str, context: int, printed: float | None) -> Cell:
     cost = cost_of(model, context)
     return Cell(
-        "total_cost", model, context, AFD, cheapest_pair(cost, cards().values()).dollars(cost), _DOLLARS, printed
+        "total_cost", model, context, AFD, cheapest_pair(cost, cards().values()).dollars(cost), DOLLARS, printed
     )
 
 

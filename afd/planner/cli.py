@@ -1,0 +1,116 @@
+"""`afd plan`: what decoding costs, and which deployment to run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from afd.planner import paper
+from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
+
+app = typer.Typer(no_args_is_help=True, help="What decoding costs, and which deployment to run.")
+console = Console()
+
+_PER_TOKEN = ("kv_bytes", "attention_flops", "linear_flops", "ffn_flops")
+_MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
+
+
+@app.command(name="paper")
+def paper_tables(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="also draw the figures into this folder, as SVG and PNG")
+    ] = None,
+) -> None:
+    """The tables of the Step-3 paper's cost analysis (arXiv 2507.19427), computed; = marks what the paper prints in the
+    same digits, as far as that is known here."""
+    cells = paper.cells()
+    for context in CONTEXTS:
+        console.print(_per_token(cells, context), *_money(cells, context))
+    console.print(_cards(cells))
+    known = [cell for cell in cells if cell.printed is not None]
+    off = [cell for cell in known if not _agrees(cell)]
+    console.print(
+        f"{len(known) - len(off)} of {len(known)} numbers that the paper prints are reproduced within 0.5 % or $0.0015"
+    )
+    if json_file:
+        json_file.write_text(json.dumps([_as_json(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
+    if pictures:
+        from afd.planner.pictures import draw_paper
+
+        for path in draw_paper(pictures):
+            console.print(f"{path}", highlight=False)
+    if off:
+        raise typer.Exit(1)
+
+
+def _agrees(cell: Cell) -> bool:
+    assert cell.printed is not None
+    off = abs(cell.value - cell.printed)
+    return off <= (_MONEY_TOLERANCE if cell.unit == paper.DOLLARS else _TOLERANCE * cell.printed)
+
+
+def _as_json(cell: Cell) -> dict[str, object]:
+    return {name: value for name, value in asdict(cell).items() if name != "printed"}
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _per_token(cells: Sequence[Cell], context: int) -> Table:
+    title = f"per token at a context of {context}: KV bytes, FLOPs"
+    table = _table(title, "model", "KV cache", "attention", "linears", "FFN", "FLOPs per KV byte")
+    for model in MODELS:
+        amounts = [_number(_find(cells, quantity, model, context), "{:.2e}") for quantity in _PER_TOKEN]
+        table.add_row(model, *amounts, _number(_find(cells, "intensity", model, context), "{:.3g}"))
+    return table
+
+
+def _money(cells: Sequence[Cell], context: int) -> Iterator[Table]:
+    for part, quantity in (("attention", "attention_cost"), ("FFN", "ffn_cost"), ("both", "total_cost")):
+        table = _table(f"{part}: $ per million tokens at a context of {context}", "model", *CARDS)
+        if part == "both":
+            table.add_column("each on its cheapest", justify="right")
+        cards = (*CARDS, AFD) if part == "both" else CARDS
+        for model in MODELS:
+            row = [_find(cells, quantity, model, context, card) for card in cards]
+            table.add_row(model, *(_number(cell, "{:.3f}") for cell in row))
+        yield table
+
+
+def _cards(cells: Sequence[Cell]) -> Table:
+    table = _table("cards", "card", "$ per EFLOP", "$ per PB", "FLOPs per byte", "least MoE sparsity for Step-3")
+    for card in CARDS:
+        flop, byte = (_find(cells, quantity, None, None, card).value for quantity in ("unit_flop", "unit_byte"))
+        roofline = _number(_find(cells, "roofline", None, None, card), "{:.0f}")
+        sparsity = _find(cells, "min_sparsity", "Step-3", None, card).value
+        table.add_row(card, f"{flop * 1e18:.3f}", f"{byte * 1e15:.3f}", roofline, f"{sparsity:.4f}")
+    return table
+
+
+def _find(
+    cells: Sequence[Cell], quantity: str, model: str | None, context: int | None, card: str | None = None
+) -> Cell:
+    wanted = (quantity, model, context, card)
+    return next(cell for cell in cells if (cell.quantity, cell.model, cell.context, cell.card) == wanted)
+
+
+def _number(cell: Cell, form: str) -> str:
+    """With a mark where the paper prints the same digits, and with what it prints where they differ."""
+    shown = form.format(cell.value)
+    if cell.printed is None:
+        return f"{shown}  "
+    same = form.format(cell.printed) == shown
+    return f"{shown} [green]=[/green]" if same else f"{shown} [dim]({form.format(cell.printed)})[/dim]"
