@@ -24,7 +24,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
                     "parent": span.parent_span_id.hex(),
                     "links": [link.trace_id.hex() for link in span.links],
                 }
-                print(json.dumps(told), flush=True)
+                print(f"{json.dumps(told)}\n", end="", flush=True)  # at once: there are other threads
         return pb.ExportTraceServiceResponse()
 
 
