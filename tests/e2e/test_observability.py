@@ -19,7 +19,8 @@ from tests.redis_servers import free_port
 pytestmark = pytest.mark.e2e
 
 TIMEOUT_S = 60.0
-SERVICES = ("gateway", "gateway-2", "attention", "ffn-0", "ffn-1", "otel-collector", "prometheus")
+MESH = ("gateway", "gateway-2", "attention", "ffn-0", "ffn-1")
+PROMETHEUS_IMAGE = "prom/prometheus:v2.55.1"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def observed(images: dict[str, str]) -> Iterator[Observed]:
         "PROMETHEUS_PORT": str(port),
     }
     stack = Stack(files=("compose.yaml", "tests/e2e/compose.receiver.yaml"), variables=variables)
-    variables["PROMETHEUS_IMAGE"] = image(stack.engine, "prom/prometheus:v2.55.1")
-    with stack.running(*SERVICES):
+    variables["PROMETHEUS_IMAGE"] = image(stack.engine, PROMETHEUS_IMAGE)
+    with stack.running(*MESH, "otel-collector", "prometheus"):
         with SyncClient(stack.target) as client:
             for _ in range(3):
                 assert len(list(client.generate("The sky is", max_tokens=20, ignore_eos=True))) == 20
