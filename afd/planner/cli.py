@@ -29,12 +29,12 @@ def paper_tables(
         Path | None, typer.Option(help="also draw the figures into this folder, as SVG and PNG")
     ] = None,
 ) -> None:
-    """The tables of the Step-3 paper's cost analysis (arXiv 2507.19427), computed; = marks what the paper prints in the
-    same digits, as far as that is known here."""
+    """The tables of the Step-3 paper (arXiv 2507.19427), its cost analysis and results, computed. A = marks what the
+    paper prints in the same digits, as far as that is known here; brackets have what it prints in others."""
     cells = paper.cells()
     for context in CONTEXTS:
         console.print(_per_token(cells, context), *_money(cells, context))
-    console.print(_cards(cells))
+    console.print(_cards(cells), _published())
     known = [cell for cell in cells if cell.printed is not None]
     off = [cell for cell in known if not _agrees(cell)]
     console.print(
@@ -97,6 +97,15 @@ def _cards(cells: Sequence[Cell]) -> Table:
         roofline = _number(_find(cells, "roofline", None, None, card), "{:.0f}")
         sparsity = _find(cells, "min_sparsity", "Step-3", None, card).value
         table.add_row(card, f"{flop * 1e18:.3f}", f"{byte * 1e15:.3f}", roofline, f"{sparsity:.4f}")
+    return table
+
+
+def _published() -> Table:
+    table = _table("Step-3 on H800 at 50 ms per token", "deployment", "context", "KV bytes", "tokens/s/GPU", "bound by")
+    for row in paper.PUBLISHED:
+        found = row.predicted()
+        speed = f"{found.tokens_per_s_per_card:.0f} [dim]({row.tokens_per_s_per_card:.0f})[/dim]"
+        table.add_row(found.deployment.name, f"{row.context}", f"{row.kv_element_bytes}", speed, found.binding)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The tables of the Step-3 paper's cost analysis (arXiv 2507.19427, section 4), computed, beside what it prints."""
+"""The tables of the Step-3 paper (arXiv 2507.19427), computed, beside what it prints: cost analysis and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from afd.planner.accelerators import Accelerator, load_accelerators
 from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_sparsity, token_cost
+from afd.planner.deployment import Disaggregated
+from afd.planner.estimate import Estimate, estimate
 from afd.planner.shape import ModelShape, load_shape
+from afd.planner.stages import Precision, Workload
 
 CARDS = ("H800", "H20", "A800", "910B")
 CONTEXTS = (8192, 32768)
@@ -44,6 +47,30 @@ class Cell:
     value: float
     unit: str
     printed: float | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A result of Step-3 on H800 at a TPOT of 50 ms, with weights of 8 bits."""
+
+    num_attention: int
+    num_ffn: int
+    context: int
+    kv_element_bytes: int
+    tokens_per_s_per_card: float
+
+    def predicted(self) -> Estimate:
+        h800 = cards()["H800"]
+        deployment = Disaggregated(h800, h800, self.num_attention, self.num_ffn)
+        workload = Workload(shape_of("Step-3"), self.context, Precision(kv=self.kv_element_bytes))
+        return estimate(deployment, workload, TPOT_S)
+
+
+PUBLISHED = (
+    Published(3, 2, 4096, 2, 3321),
+    Published(2, 2, 4096, 1, 4039),
+    Published(4, 2, 8192, 1, 2643),
+)
 
 
 @cache

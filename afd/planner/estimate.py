@@ -1,0 +1,73 @@
+"""How fast a deployment decodes, and what binds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from afd.errors import ConfigError
+from afd.planner.deployment import Disaggregated
+from afd.planner.stages import Stages, Workload
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a deployment does with `batch` sequences per group and microbatch; `binding` keeps it from more."""
+
+    deployment: Disaggregated
+    batch: int
+    stages: Stages
+    binding: str
+
+    @property
+    def tpot_s(self) -> float:
+        return self.stages.tpot_s(self.deployment.microbatches)
+
+    @property
+    def sequences(self) -> int:
+        """That decode at once, in the whole deployment."""
+        return self.batch * self.deployment.microbatches * self.deployment.num_groups
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.sequences / self.tpot_s
+
+    @property
+    def tokens_per_s_per_card(self) -> float:
+        return self.tokens_per_s / self.deployment.num_cards
+
+    @property
+    def dollars_per_million_tokens(self) -> float:
+        return self.deployment.dollars_per_hour / 3600 / self.tokens_per_s * 1e6
+
+
+def estimate(deployment: Disaggregated, workload: Workload, tpot_s: float) -> Estimate:
+    """With as many sequences as keep the TPOT and the memory. Raises ConfigError if not one per group does."""
+    workload.shape.check_context(workload.context)
+    microbatches = deployment.microbatches
+    room = int(deployment.free_bytes(workload) / deployment.kv_bytes(workload) / microbatches)
+    if room < 1:
+        raise ConfigError(
+            f"{deployment.name}: {microbatches} sequences of {workload.context:g} tokens do not fit beside the weights"
+        )
+
+    def keeps(batch: int) -> bool:
+        return deployment.stages(workload, batch).tpot_s(microbatches) <= tpot_s
+
+    if not keeps(1):
+        alone = deployment.stages(workload, 1).tpot_s(microbatches)
+        raise ConfigError(
+            f"{deployment.name}: a token takes {alone * 1e3:.1f} ms with one sequence per card, not {tpot_s * 1e3:g} ms"
+        )
+    batch = _largest(room, keeps)
+    found = deployment.stages(workload, batch)
+    return Estimate(deployment, batch, found, "memory" if batch == room else found.slowest)
+
+
+def _largest(most: int, keeps: Callable[[int], bool]) -> int:
+    """By halving: who keeps it with more keeps it with fewer. One does."""
+    batch, too_many = 1, most + 1
+    while too_many - batch > 1:
+        middle = (batch + too_many) // 2
+        batch, too_many = (middle, too_many) if keeps(middle) else (batch, middle)
+    return batch
