@@ -56,7 +56,7 @@ upgrade:  ## replace its containers one by one by those of newer images, while i
 	compose/upgrade
 
 down:  ## stop it; what is in its volumes stays
-	$(COMPOSE) --profile '*' down
+	$(COMPOSE) --profile '*' down --remove-orphans
 
 e2e: setup  ## the mesh in containers, asked, killed, cut off and upgraded (needs Docker)
 	$(BIN)/pytest -m e2e tests/e2e

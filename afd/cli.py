@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from afd.client import Client, Stream
 from afd.config import parse_microbatches, refuse_unknown_variables
 from afd.errors import AfdError, ConfigError
 from afd.mesh import Mesh, MeshOptions, ready_file_of, refuse_ready_file, running_mesh, write_ready_file
+from afd.output import write_json, write_text
 from afd.placement import Cores
 from afd.planner import cli as planner_cli
 
@@ -369,7 +369,7 @@ def bench(
     for table in report(results):
         console.print(table)
     if json_file:
-        _write_json(json_file, results.as_json())
+        write_json(json_file, results.as_json())
 
 
 @app.command()
@@ -388,9 +388,9 @@ def trace(
     chosen = trace_view.pick(steps, step)
     console.print(timeline(chosen, console.width, _layer_range(layers)))
     if svg:
-        _write(svg, trace_view.to_svg(chosen, _layer_range(layers)))
+        write_text(svg, trace_view.to_svg(chosen, _layer_range(layers)))
     if chrome:
-        _write_json(chrome, trace_view.to_chrome(steps))
+        write_json(chrome, trace_view.to_chrome(steps))
 
 
 def _layer_range(text: str | None) -> range | None:
@@ -435,7 +435,7 @@ def doctor(
     for part in report(diagnosis, in_use):
         console.print(part)
     if json_file:
-        _write_json(json_file, as_json(diagnosis, in_use))
+        write_json(json_file, as_json(diagnosis, in_use))
     if require:
         check(diagnosis, require)
 
@@ -454,6 +454,8 @@ def certs(
     """
     from afd.certs import make_certificates
 
+    if directory.resolve() == Path.cwd():
+        raise ConfigError("give a folder of its own, like certs: here ca.key would lie among other files")
     make_certificates(directory, host or (), days)
     console.print(f"{directory}: give clients {directory / 'ca.crt'}, and keep {directory / 'ca.key'} to yourself")
 
@@ -514,17 +516,6 @@ def make_checkpoint(
         )
     num_bytes = sum(path.stat().st_size for path in directory.iterdir())
     console.print(f"{directory}: {num_bytes / 2**20:.1f} MiB", highlight=False)
-
-
-def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

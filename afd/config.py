@@ -277,8 +277,9 @@ def refuse_unknown_variables(names: Iterable[str]) -> None:
     known = {ENV_PREFIX + name.upper() for name in fields} | {*CLIENT_VARIABLES}
     for name in names:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), sorted(known), n=1)
-            advice = f", did you mean {close[0]}?" if close else f"; the settings are {', '.join(sorted(known))}"
+            own = {known_name.removeprefix(ENV_PREFIX): known_name for known_name in sorted(known)}
+            close = difflib.get_close_matches(name.upper().removeprefix(ENV_PREFIX), own, n=1)
+            advice = f", did you mean {own[close[0]]}?" if close else f"; the settings are {', '.join(sorted(known))}"
             raise ConfigError(f"no such setting: {name}{advice}")
 
 

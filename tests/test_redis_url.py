@@ -42,7 +42,7 @@ def test_a_url_says_what_redis_is(
         ("redis+sentinel://:secret@a:1", "the name of the master"),
         ("redis+sentinel://:secret@a:1/", "the name of the master"),
         ("redis://u:secret@a:1,b:2", "more than one host"),
-        ("redis://u:sec?ret@a:1", "write a ? in a user or a password as %3F"),
+        ("redis://u:sec?ret@a:1", "write a ? in a URL's user or password as %3F"),
         ("redis://u:secret@a:99999", "a host is given as name:port"),
         ("redis+cluster://u:secret@a:1,,b:2", "a host is given as name:port"),
         ("rediss://u:secret@127.0.0.1:1", "Error 111"),

@@ -224,3 +224,8 @@ def test_a_redis_url_that_is_refused_does_not_show_its_password(environment: pyt
 
 def test_every_setting_says_what_it_is() -> None:
     assert all(field.description for kind in SETTINGS_OF.values() for field in kind.model_fields.values())
+
+
+def test_a_variable_that_is_like_no_setting_is_not_taken_for_one() -> None:
+    with pytest.raises(ConfigError, match="no such setting: AFD_FOO; the settings are AFD_"):
+        refuse_unknown_variables(["AFD_FOO"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from afd.output import write_json
 from afd.planner import paper
 from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
 
@@ -41,7 +41,7 @@ def paper_tables(
         f"{len(known) - len(off)} of {len(known)} numbers that the paper prints are reproduced within 0.5 % or $0.0015"
     )
     if json_file:
-        json_file.write_text(json.dumps([_as_json(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, [_as_json(cell) for cell in cells])
     if pictures:
         from afd.planner.pictures import draw_paper
 

@@ -43,7 +43,9 @@ class RedisUrl:
         service, path = _service(match["path"] or "") if kind == "sentinel" else ("", match["path"] or "")
         is_socket = match["scheme"] == "unix"
         if "@" in (match["query"] or "") and ":" in match["hosts"] and not match["userinfo"]:
-            raise ValueError("write a ? in a user or a password as %3F")
+            raise ValueError(
+                "write a ? in a URL's user or password as %3F; REDIS_PASSWORD of compose.yaml cannot have one"
+            )
         hosts = () if is_socket else _hosts(match["hosts"] or "localhost", kind)
         plain = f"{match['scheme']}://{_quoted(match['userinfo'])}{'' if is_socket else 'host'}{path}"
         options: dict[str, Any] = dict(parse_url(plain + (match["query"] or "")))
