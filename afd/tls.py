@@ -142,10 +142,14 @@ def peer_credentials(pem: Pem) -> grpc.ChannelCredentials:
 def client_credentials(ca: Path | None) -> grpc.ChannelCredentials:
     """For calling a gateway; without `ca` its certificate must be one that this machine trusts anyway.
 
-    Raises ConfigError if the file cannot be read.
+    Raises ConfigError if the file cannot be read, or has no certificate: gRPC would try for long, and log.
     """
     try:
+        if ca:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca)
         return grpc.ssl_channel_credentials(ca.read_bytes() if ca else None)
+    except ssl.SSLError:
+        raise ConfigError(f"{ca} has no certificate: give a file of PEM certificates as ca") from None
     except OSError as error:
         raise ConfigError(f"no CA certificate in {ca}: {error.strerror}") from None
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -102,6 +103,16 @@ def test_target_that_is_none_is_refused_at_once(kind: Any, target: Any, words: s
 def test_options_that_cannot_be_are_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SyncClient("localhost:1", **options)
+
+
+def test_ca_that_is_no_certificate_is_refused_at_once(tmp_path: Path) -> None:
+    for name, content in (("text", "# Read me"), ("empty", ""), ("half", "-----BEGIN CERTIFICATE-----\nAAAA\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=f"{name} has no certificate"), SyncClient("a:1", ca=tmp_path / name):
+            pass
+    for path, words in ((tmp_path / "nothing", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=words), SyncClient("a:1", ca=path):
+            pass
 
 
 def test_clients_that_find_nobody_leave_nothing_behind() -> None:
