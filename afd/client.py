@@ -41,6 +41,8 @@ _FORKED = (
     "this process was forked from one that has used a client, which gRPC does not survive: fork before that, or start "
     'processes by multiprocessing\'s "spawn"'
 )
+_SCHEME = re.compile("(dns|unix|unix-abstract|ipv4|ipv6|vsock|xds):")  # of gRPC's own forms
+_HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _users: set[int] = set()  # processes that have used a client: this one, and those that it was forked from
 _FINISH_REASONS: dict[int, str | None] = {
     sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
@@ -535,6 +537,12 @@ def _addresses(target: str) -> list[str]:
     for address in addresses:
         if re.match("https?://", address):
             raise ConfigError(f"target is the gateway's gRPC address, host:port, not a URL like {address}")
+        found = _HOST_AND_PORT.fullmatch(address)
+        if not _SCHEME.match(address) and not (found and 1 <= int(found[1]) <= 65535):
+            raise ConfigError(
+                f"target is the gateway's gRPC address, host:port, with a port from 1 to 65535 and IPv6 in brackets, "
+                f"not {address!r}"
+            )
     return addresses
 
 

@@ -80,6 +80,13 @@ def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[
         ("", "names no gateway"),
         (" , ", "names no gateway"),
         ("here:1, http://localhost:8000", "not a URL like http://local"),
+        ("localhost", "host:port, .* not 'localhost'$"),
+        ("a:1,localhost:99999", "a port from 1 to 65535 .* not 'localhost:99999'$"),
+        ("localhost:0", "not 'localhost:0'$"),
+        ("localhost:abc", "not 'localhost:abc'$"),
+        ("localhost:", "not 'localhost:'$"),
+        ("::1:50051", "IPv6 in brackets, not '::1:50051'$"),
+        ("grpc://a:50051", "not 'grpc://a:50051'$"),
         (None, 'a text like "localhost:50051", not None'),
         (50051, 'a text like "localhost:50051", not 50051'),
     ],
@@ -88,6 +95,21 @@ def mesh(make_model: Callable[[int], Model], start_mesh: StartMesh) -> Iterator[
 def test_target_that_is_none_is_refused_at_once(kind: Any, target: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         kind(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "a_b.example.com:65535",
+        "10.0.0.1:1",
+        "[::1]:50051,[fe80::1%eth0]:2",
+        "unix:/run/afd.sock",
+        "dns:///a:1",
+        "ipv6:[::1]:1",
+    ],
+)
+def test_every_form_of_an_address_is_taken(target: str) -> None:
+    assert SyncClient(target)._client._addresses == target.split(",")
 
 
 @pytest.mark.parametrize(
