@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
+import reprlib
 import time
 import uuid
 from collections import deque
@@ -25,6 +26,7 @@ import grpc.aio
 
 from afd import background
 from afd.errors import AfdError, ConfigError, InternalError, InvalidRequest, NotFound, Overloaded, PeerUnavailable
+from afd.model.sampling_params import MAX_CHOICES, MAX_TOP_LOGPROBS
 from afd.rpc import CHANNEL_OPTIONS, read, to_error
 from afd.tls import client_credentials
 from afd.urgency import MOST_SECONDS, Urgency
@@ -44,6 +46,26 @@ _FORKED = (
 _SCHEME = re.compile("(dns|unix|unix-abstract|ipv4|ipv6|vsock|xds):")  # of gRPC's own forms
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _users: set[int] = set()  # processes that have used a client: this one, and those that it was forked from
+_NUMBER = "a number"
+_PRIORITY = f"a whole number from {-(2**31)} to {2**31 - 1}"
+_TYPES = {  # in words, by SamplingOptions
+    "max_tokens": f"a whole number from 1 to {2**31}",
+    "temperature": _NUMBER,
+    "top_k": "a whole number from 1 on, or -1 for all tokens",
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "logit_bias": "a mapping of token ids to numbers",
+    "seed": f"a whole number from 0 to {2**64 - 1}",
+    "stop": "a text or a list of texts",
+    "stop_token_ids": "a list of token ids, which are whole numbers from 0 on",
+    "min_tokens": "a whole number from 0 to max_tokens",
+    "ignore_eos": "True or False",
+    "n": f"a whole number from 1 to {MAX_CHOICES}",
+    "top_logprobs": f"a whole number from 0 to {MAX_TOP_LOGPROBS}",
+}
 _FINISH_REASONS: dict[int, str | None] = {
     sampling_pb2.FINISH_REASON_UNSPECIFIED: None,
     sampling_pb2.FINISH_REASON_STOP: "stop",
@@ -60,7 +82,7 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     """From 0 to 100. 0, the default, is greedy: the most likely token."""
     top_k: int | None
-    """Keep the k most likely tokens: from 1 to the size of the vocabulary."""
+    """Keep the k most likely tokens: from 1 to the size of the vocabulary. 0 and -1 keep all, as in vLLM."""
     top_p: float | None
     """Keep the smallest set of tokens whose probabilities sum to at least this: over 0, up to 1."""
     min_p: float | None
@@ -353,7 +375,7 @@ class Client:
 
         Raises InvalidRequest here or at the first token for what cannot be asked.
         """
-        with _typed("prompt"):
+        with _typed("prompt", "a text, or token ids, which are whole numbers from 0 on", prompt):
             if isinstance(prompt, str):
                 request = pb.GenerateRequest(text=prompt)
             elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping):
@@ -376,18 +398,20 @@ class Client:
         NotFound at the first token if it ended too long ago."""
         _refuse_unknown(options, UrgencyOptions)
         urgency = _urgency(options)
-        with _typed("request_id"):
-            request = pb.ResumeRequest(request_id=request_id)
-        with _typed("next_index"):
+        request = pb.ResumeRequest()
+        with _typed("request_id", "a text", request_id):
+            request.request_id = request_id
+        with _typed("next_index", "a whole number from 0 on, or a list of them", next_index):
             request.next_index.extend([next_index] if isinstance(next_index, int) else next_index)
-        with _typed("priority"):
+        with _typed("priority", _PRIORITY, urgency.priority):
             request.priority = urgency.priority
         return self._streamed(request, urgency)
 
     async def cancel(self, request_id: str) -> bool:
         """Cancels a running request; whether there was one."""
-        with _typed("request_id"):
-            request = pb.CancelRequest(request_id=request_id)
+        request = pb.CancelRequest()
+        with _typed("request_id", "a text", request_id):
+            request.request_id = request_id
         with _our_errors():
             return bool((await self._stub.Cancel(request, metadata=self._metadata)).found)
 
@@ -414,14 +438,17 @@ class Client:
         if isinstance(options.get("stop"), str):
             given["stop"] = [options["stop"]]
         urgency = _urgency(options)
-        with _typed("request_id"):
-            request.request_id = options.get("request_id") or uuid.uuid4().hex
-        with _typed("priority"):
+        request_id = options.get("request_id") or uuid.uuid4().hex
+        with _typed("request_id", "a text", request_id):
+            request.request_id = request_id
+        with _typed("priority", _PRIORITY, urgency.priority):
             request.priority = urgency.priority
-        if given.get("n") == 0:  # which the contract takes for a field that is not set
-            raise InvalidRequest("n must be at least 1, not 0", "n")
+        if given.get("top_k") in (0, -1):
+            del given["top_k"]
         for name, value in given.items():
-            with _typed(name):
+            with _typed(name, _TYPES[name], value):
+                if name == "n" and not value:  # which the contract takes for a field that is not set
+                    raise ValueError
                 request.sampling.MergeFrom(sampling_pb2.SamplingParams(**{name: value}))  # type: ignore[arg-type]
         return self._streamed(request, urgency)
 
@@ -606,16 +633,16 @@ def _message(place: str, message: Mapping[str, str]) -> pb.ChatMessage:
             raise InvalidRequest(f"{place}.{name}: must be a text", "messages")
     if unknown := message.keys() - {"role", "content"}:
         raise InvalidRequest(f"{place} has no field {min(unknown)!r}, only role and content", "messages")
-    with _typed(place, "messages"):
+    with _typed(place, "texts", message, "messages"):
         return pb.ChatMessage(**message)
 
 
 def _urgency(options: UrgencyOptions) -> Urgency:
     """From now on. Raises InvalidRequest."""
     timeout_s = options.get("timeout_s")
-    with _typed("timeout_s"):
+    with _typed("timeout_s", f"a number of seconds from 0 to {MOST_SECONDS}", timeout_s):
         if timeout_s is not None and not 0 <= timeout_s <= MOST_SECONDS:  # a NaN is in no range
-            raise InvalidRequest(f"timeout_s must be from 0 to {MOST_SECONDS}, not {timeout_s}", "timeout_s")
+            raise ValueError
     return Urgency.within(timeout_s, options.get("priority") or 0)
 
 
@@ -625,14 +652,14 @@ def _is_being_cancelled() -> bool:
 
 
 @contextlib.contextmanager
-def _typed(name: str, param: str | None = None) -> Iterator[None]:
-    """Raises InvalidRequest for what protobuf does not take."""
+def _typed(name: str, type_: str, value: object, param: str | None = None) -> Iterator[None]:
+    """Raises InvalidRequest, which says in words what type it has, for a value that protobuf does not take."""
     try:
         yield
     except UnicodeEncodeError:
         raise InvalidRequest(f"{name} has half of a surrogate pair, which is no text", param or name) from None
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name} is not of its type: {error}", param or name) from None
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{name} must be {type_}, not {reprlib.repr(value)}", param or name) from None
 
 
 @contextlib.contextmanager

@@ -273,29 +273,60 @@ def test_sdk_refuses_what_is_no_prompt_or_parameter(mesh: Mesh) -> None:
             (["x"], {}, "prompt"),
             (None, {}, "prompt must be a text or token ids, not NoneType"),
             (b"x", {}, "prompt must be a text or token ids, not bytes"),
-            ("x", {"n": 0}, "n must be at least 1, not 0"),
-            ("x", {"max_tokens": "many"}, "max_tokens is not of its type"),
-            ("x", {"top_k": -1}, "top_k is not of its type"),
+            ("x", {"n": 0}, "^n must be a whole number from 1 to 128, not 0$"),
+            ("x", {"max_tokens": "many"}, "^max_tokens must be a whole number from 1 to 2147483648, not 'many'$"),
+            ("x", {"top_k": -2}, "^top_k must be a whole number from 1 on, or -1 for all tokens, not -2$"),
+            ("x", {"n": -1}, "^n must be a whole number from 1 to 128, not -1$"),
+            (
+                "x",
+                {"seed": 1 << 64},
+                "^seed must be a whole number from 0 to 18446744073709551615, not 18446744073709551616$",
+            ),
+            ("x", {"min_tokens": -1}, "^min_tokens must be a whole number from 0 to max_tokens, not -1$"),
+            ("x", {"stop": [None]}, r"^stop must be a text or a list of texts, not \[None\]$"),
+            ("x", {"logit_bias": [5]}, r"^logit_bias must be a mapping of token ids to numbers, not \[5\]$"),
+            ("x", {"top_p": 1.1}, "^top_p must be from .* to 1, not 1.1$"),
             ("x", {"temprature": 1}, "no such parameter: temprature"),
-            ("x", {"priority": 1 << 31}, "^priority is not of its type"),
-            ("x", {"request_id": 5}, "^request_id is not of its type"),
-            ("x", {"timeout_s": "5"}, "^timeout_s is not of its type"),
-            ("x", {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
-            ("x", {"timeout_s": float("nan")}, "timeout_s must be from 0 to 86400"),
-            ("x", {"timeout_s": -1}, "timeout_s must be from 0 to 86400"),
+            (
+                "x",
+                {"priority": 1 << 31},
+                "^priority must be a whole number from -2147483648 to 2147483647, not 2147483648$",
+            ),
+            ("x", {"request_id": 5}, "^request_id must be a text, not 5$"),
+            ("x", {"timeout_s": "5"}, "^timeout_s must be a number of seconds from 0 to 86400, not '5'$"),
+            ("x", {"timeout_s": 1e300}, "timeout_s must be a number of seconds from 0 to 86400"),
+            ("x", {"timeout_s": float("nan")}, "timeout_s must be a number of seconds from 0 to 86400"),
+            ("x", {"timeout_s": -1}, "timeout_s must be a number of seconds from 0 to 86400"),
         ]
         for prompt, options, words in bad:
             with pytest.raises(InvalidRequest, match=words):
                 list(client.generate(prompt, **options))
         for next_index, options, words in (
-            (-1, {}, "^next_index is not of its type"),
-            ("y", {}, "^next_index is not of its type"),
-            (0, {"priority": 1 << 31}, "^priority is not of its type"),
-            (0, {"timeout_s": 1e300}, "timeout_s must be from 0 to 86400"),
+            (-1, {}, "^next_index must be a whole number from 0 on, or a list of them, not -1$"),
+            ("y", {}, "^next_index must be a whole number from 0 on, or a list of them, not 'y'$"),
+            (
+                0,
+                {"priority": 1 << 31},
+                "^priority must be a whole number from -2147483648 to 2147483647, not 2147483648$",
+            ),
+            (0, {"timeout_s": 1e300}, "timeout_s must be a number of seconds from 0 to 86400"),
             (0, {"top_p": 1}, "no such parameter: top_p"),
         ):
             with pytest.raises(InvalidRequest, match=words):
                 list(client.resume("x", next_index, **options))  # type: ignore[arg-type]
+        for request_id in (None, 5):
+            for use in (client.resume, client.cancel):
+                with pytest.raises(InvalidRequest, match=f"^request_id must be a text, not {request_id}$"):
+                    use(request_id)  # type: ignore[operator]
+
+
+def test_sdk_takes_top_k_that_is_off_as_the_http_api_does(mesh: Mesh) -> None:
+    with SyncClient(mesh.gateway.address) as client:
+        ids = [
+            [token.id for token in client.generate([5, 6], max_tokens=4, temperature=2.0, seed=1, top_k=top_k)]
+            for top_k in (-1, 0, None)
+        ]
+    assert ids[0] == ids[1] == ids[2]
 
 
 def test_choices_come_each_with_its_own_end(mesh: Mesh) -> None:

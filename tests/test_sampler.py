@@ -330,6 +330,22 @@ def test_absurd_values_are_refused_by_name(param: str, value: Any) -> None:
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1.100000023841858, "1.1"),
+        (1.1, "1.1"),
+        (1.0000001192092896, "1.0000001"),
+        (1.00000001, "1.00000001"),
+        (1e300, "1e+300"),
+    ],
+)
+def test_number_that_is_refused_is_said_as_it_was_asked(value: float, shown: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(top_p=value).check(vocab_size=10)
+    assert str(caught.value).endswith(f"to 1, not {shown}")
+
+
 @pytest.mark.parametrize("param", ["temperature", "top_p", "min_p", "presence_penalty", "top_k", "seed", "max_tokens"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_integers_too_large_for_a_float_are_refused_like_others(param: str, sign: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -87,4 +88,12 @@ def _at_most(name: str, items: Collection[int], most: int) -> None:
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:  # a NaN is in no range
-        raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}", name.split(maxsplit=1)[0])
+        raise InvalidRequest(f"{name} must be from {low} to {high}, not {_shown(value)}", name.split(maxsplit=1)[0])
+
+
+def _shown(value: float) -> str:
+    """A float32, which the contract has, in the fewest digits that tell it from others: 1.1, not 1.100000023841858."""
+    if isinstance(value, int):
+        return str(value)
+    texts = (f"{value:.{digits}g}" for digits in range(6, 10))
+    return next((text for text in texts if ctypes.c_float(float(text)).value == value), str(value))
