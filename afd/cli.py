@@ -91,7 +91,9 @@ StartupTimeout = Annotated[
     float, typer.Option(min=1, envvar="AFD_STARTUP_TIMEOUT_S", help="longest wait until all is ready, seconds")
 ]
 Target = Annotated[str, typer.Option("--target", help="the gateway's gRPC address")]
-Tls = Annotated[bool, typer.Option("--tls", help="encrypt, to a gateway with a certificate that this machine trusts")]
+Tls = Annotated[
+    bool | None, typer.Option("--tls", help="encrypt, to a gateway with a certificate that this machine trusts")
+]
 TlsFolder = Annotated[Path | None, typer.Option("--tls", help="TLS everywhere, with what `afd certs` has made here")]
 Ca = Annotated[Path | None, typer.Option(envvar="AFD_CA", help="encrypt, to a gateway that this CA has signed")]
 ApiKey = Annotated[
@@ -245,7 +247,7 @@ def generate(
     target: Target = "127.0.0.1:50051",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
-    tls: Tls = False,
+    tls: Tls = None,
     ca: Ca = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -263,7 +265,7 @@ def chat(
     target: Target = "127.0.0.1:50051",
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
-    tls: Tls = False,
+    tls: Tls = None,
     ca: Ca = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -299,7 +301,7 @@ async def _print(stream: Stream) -> str:
 def top(
     target: Target = "127.0.0.1:50051",
     once: Annotated[bool, typer.Option("--once", help="show it once, and end")] = False,
-    tls: Tls = False,
+    tls: Tls = None,
     ca: Ca = None,
     api_key: ApiKey = None,
 ) -> None:

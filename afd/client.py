@@ -290,7 +290,7 @@ class Client:
         self,
         target: str,
         *,
-        tls: bool = False,
+        tls: bool | None = None,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
         connect_timeout_s: float = 10.0,
@@ -302,7 +302,9 @@ class Client:
         self._current = 0
         self.connect_timeout_s = _seconds("connect_timeout_s", connect_timeout_s)
         self.resume_timeout_s = _seconds("resume_timeout_s", resume_timeout_s)
-        self._is_tls = tls or ca is not None
+        if tls is False and ca is not None:
+            raise ConfigError("tls=False has no use for ca: leave one of them out")
+        self._is_tls = bool(tls or ca is not None)
         self._ca = Path(ca) if ca is not None else None
         self._metadata = _metadata(api_key)
 
@@ -460,7 +462,7 @@ class SyncClient:
         self,
         target: str,
         *,
-        tls: bool = False,
+        tls: bool | None = None,
         ca: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
         connect_timeout_s: float = 10.0,

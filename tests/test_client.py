@@ -119,6 +119,7 @@ def test_every_form_of_an_address_is_taken(target: str) -> None:
         ({"api_key": "afd key"}, "no API key has"),
         ({"connect_timeout_s": "5"}, "connect_timeout_s must be a number of seconds, not '5'"),
         ({"connect_timeout_s": float("nan")}, "connect_timeout_s must be"),
+        ({"tls": False, "ca": "ca.crt"}, "^tls=False has no use for ca: leave one of them out$"),
         ({"resume_timeout_s": -1}, "resume_timeout_s must be"),
     ],
 )
