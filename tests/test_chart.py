@@ -691,6 +691,42 @@ def test_a_pod_has_the_certificate_of_its_role_where_its_settings_say(
                 assert mounted[folder]["secret"]["secretName"] == (given[name] or f"mesh-afd-{name}-tls")
 
 
+def issued(**more: Any) -> Object:
+    return {"model": LEAST["model"], "tls": {"certManager": {"issuer": {"name": "inner"}, **more}}}
+
+
+def test_the_notes_name_the_gateway_as_its_certificate_does(rendered: Rendered) -> None:
+    found = re.search(r'(https?)://([^:]+):8000/v1\n.*Client\("([^:]+):50051"(.*)\)\n', rendered.notes)
+    assert found
+    scheme, url, sdk, trust = found.groups()
+    assert scheme == ("http" if rendered.values["insecure"] else "https")
+    names = [
+        each["spec"]["dnsNames"] for each in rendered.of("Certificate") if each["metadata"]["name"] == "mesh-afd-public"
+    ]
+    assert all({url, sdk} <= set(each) for each in names)
+    given = rendered.values["tls"]
+    ca = "" if rendered.values["insecure"] else ', ca="ca.crt"'
+    assert trust == (", tls=True" if given["certManager"]["publicIssuer"] else ca)
+    secret = given["secrets"]["public"] or "mesh-afd-public-tls"
+    assert (f"get secret {secret} -o jsonpath" in rendered.notes) == ("ca.crt" in trust)
+
+
+def test_the_notes_forward_a_port_only_where_localhost_has_a_certificate() -> None:
+    forward = "port-forward svc/mesh-afd-gateway 8000 50051"
+    assert forward in case("least").notes
+    assert forward in render(issued(publicNames=["localhost"])).notes
+    assert forward not in (notes := render(issued()).notes)
+    assert "add that to tls.certManager.publicNames" in notes
+    assert forward not in case("certificates of both kinds").notes
+
+
+def test_the_notes_name_what_a_route_is_for() -> None:
+    assert "through your Gateway     llm.example.com, with" in case("where the namespace decides").notes
+    assert "your Gateway" not in case("least").notes
+    parents = {"parents": [{"name": "public"}]}
+    assert "through your Gateway     its own names, with" in render(changed(gateway={"route": parents})).notes
+
+
 # --- Redis ---
 
 
