@@ -26,9 +26,10 @@ DECIDED = {
     "drain_timeout_s", "dtype", "device", "ffn_shards", "shard", "served_model_name", "require_api_key",
 }  # fmt: skip
 
-_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_KEY = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$"  # of a label or an annotation
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}, "propertyNames": {"pattern": _KEY}}
 _LABEL = {"type": "string", "pattern": r"^([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?$"}
-_LABELS = {"type": "object", "additionalProperties": _LABEL}
+_LABELS = {"type": "object", "additionalProperties": _LABEL, "propertyNames": {"pattern": _KEY}}
 _FREE = {"type": "object"}  # as Kubernetes has it, which knows itself what is wrong
 _NAME = {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"}  # of something in the cluster
 _HOSTNAMES = {"type": "array", "items": {"type": "string", "pattern": r"^(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"}}
@@ -58,8 +59,55 @@ _NAMED: dict[str, Any] = {
     "required": ["name"],
     "properties": {"name": {"type": "string", "minLength": 1}},
 }
-_MOUNT_PATH = {"type": "string", "pattern": "^/[^:]*[^:/]$"}
-_MOUNT = {**_NAMED, "required": ["name", "mountPath"], "properties": {**_NAMED["properties"], "mountPath": _MOUNT_PATH}}
+
+
+def _closed(*required: str, **properties: Any) -> dict[str, Any]:
+    """An object with these keys and no others."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(required),
+        "properties": properties,
+    }
+
+
+_TEXT = {"type": "string"}
+_SELECTOR = _closed(matchLabels=_LABELS, matchExpressions={"type": "array", "items": _FREE})
+_IP_BLOCK = _closed("cidr", cidr=_TEXT, **{"except": {"type": "array", "items": _TEXT}})
+_PEER = {**_closed(podSelector=_SELECTOR, namespaceSelector=_SELECTOR, ipBlock=_IP_BLOCK), "minProperties": 1}
+_TOLERATION = _closed(
+    key=_TEXT,
+    operator=_TEXT,
+    value=_TEXT,
+    effect={"enum": ["", "NoSchedule", "PreferNoSchedule", "NoExecute"]},
+    tolerationSeconds={"type": "integer"},
+)
+_SOURCES = ("configMapKeyRef", "fieldRef", "fileKeyRef", "resourceFieldRef", "secretKeyRef")
+_SOURCE = {**_closed(**dict.fromkeys(_SOURCES, _FREE)), "minProperties": 1, "maxProperties": 1}
+_VARIABLE = _closed("name", name={"type": "string", "pattern": r"^[A-Za-z_.-][\w.-]*$"}, value=_TEXT, valueFrom=_SOURCE)
+_VOLUME_TYPES = (
+    "awsElasticBlockStore", "azureDisk", "azureFile", "cephfs", "cinder", "configMap", "csi", "downwardAPI", "emptyDir",
+    "ephemeral", "fc", "flexVolume", "flocker", "gcePersistentDisk", "gitRepo", "glusterfs", "hostPath", "image",
+    "iscsi", "nfs", "persistentVolumeClaim", "photonPersistentDisk", "portworxVolume", "projected", "quobyte", "rbd",
+    "scaleIO", "secret", "storageos", "vsphereVolume",
+)  # fmt: skip
+_VOLUME_NAME = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
+_VOLUME = {
+    **_closed("name", name=_VOLUME_NAME, **dict.fromkeys(_VOLUME_TYPES, _FREE)),
+    "minProperties": 2,  # its name, and what it is
+    "maxProperties": 2,
+}
+_MOUNT = _closed(
+    "name",
+    "mountPath",
+    name=_VOLUME_NAME,
+    mountPath={"type": "string", "pattern": "^/[^:]*[^:/]$"},
+    readOnly={"type": "boolean"},
+    recursiveReadOnly=_TEXT,
+    subPath=_TEXT,
+    subPathExpr=_TEXT,
+    mountPropagation=_TEXT,
+)
 
 # By path or last name: what the default alone does not tell.
 _SHAPES: dict[str, Any] = {
@@ -110,18 +158,18 @@ _SHAPES: dict[str, Any] = {
     "redis.image": {"type": "string", "pattern": r"^[\w.:/@-]+$"},
     "redis.storage": {"type": "string", "pattern": f"^({_SIZE})?$"},
     "redis.storageClass": _NAME,
-    "monitoring.labels": {**_LABELS, "propertyNames": {"not": {"pattern": _SET_LABELS}}},
+    "monitoring.labels": {**_LABELS, "propertyNames": {"pattern": _KEY, "not": {"pattern": _SET_LABELS}}},
     "requests": _QUANTITIES,
     "limits": _QUANTITIES,
     "nodeSelector": _LABELS,
-    "affinity": _FREE,
-    "tolerations": {"type": "array", "items": _FREE},
-    "clients": {"type": "array", "items": _FREE},
-    "metrics": {"type": "array", "items": _FREE},
-    "podLabels": {**_LABELS, "propertyNames": {"not": {"pattern": _KEPT_LABELS}}},
+    "affinity": _closed(nodeAffinity=_FREE, podAffinity=_FREE, podAntiAffinity=_FREE),
+    "tolerations": {"type": "array", "items": _TOLERATION},
+    "clients": {"type": "array", "items": _PEER},
+    "metrics": {"type": "array", "items": _PEER},
+    "podLabels": {**_LABELS, "propertyNames": {"pattern": _KEY, "not": {"pattern": _KEPT_LABELS}}},
     "podAnnotations": _TEXTS,
-    "extraEnv": {"type": "array", "items": _NAMED},
-    "extraVolumes": {"type": "array", "items": _NAMED},
+    "extraEnv": {"type": "array", "items": _VARIABLE},
+    "extraVolumes": {"type": "array", "items": _VOLUME},
     "extraVolumeMounts": {"type": "array", "items": _MOUNT},
 }
 

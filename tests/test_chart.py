@@ -894,6 +894,63 @@ REFUSED: dict[str, tuple[Object, str]] = {
         changed(telemetry={"otlpEndpoint": "http://c:4317"}, ffn={"extraEnv": [{"name": "OTEL_RESOURCE_ATTRIBUTES"}]}),
         "ffn.extraEnv has OTEL_RESOURCE_ATTRIBUTES, which telemetry.otlpEndpoint sets: leave one of them out",
     ),
+    "a variable that is no text": (
+        changed(ffn={"extraEnv": [{"name": "A", "value": 1}]}),
+        "at '/ffn/extraEnv/0/value': got number, want string",
+    ),
+    "a variable with a wrong key": (
+        changed(ffn={"extraEnv": [{"name": "A", "valeu": "1"}]}),
+        "at '/ffn/extraEnv/0': additional properties 'valeu' not allowed",
+    ),
+    "a variable of two sources": (
+        changed(ffn={"extraEnv": [{"name": "A", "value": "", "valueFrom": {"fieldRef": {"fieldPath": "a"}}}]}),
+        "ffn.extraEnv has A with value and valueFrom: leave one of them out",
+    ),
+    "a variable of an unknown source": (
+        changed(ffn={"extraEnv": [{"name": "A", "valueFrom": {"secret": {}}}]}),
+        "at '/ffn/extraEnv/0/valueFrom': additional properties 'secret' not allowed",
+    ),
+    "a variable that no program could read": (
+        changed(ffn={"extraEnv": [{"name": "A B"}]}),
+        "at '/ffn/extraEnv/0/name'",
+    ),
+    "a volume of nothing": (
+        changed(ffn={"extraVolumes": [{"name": "x"}]}),
+        "at '/ffn/extraVolumes/0': minProperties: got 1, want 2",
+    ),
+    "a volume of an unknown type": (
+        changed(ffn={"extraVolumes": [{"name": "x", "empty": {}}]}),
+        "at '/ffn/extraVolumes/0': additional properties 'empty' not allowed",
+    ),
+    "a mount with a wrong key": (
+        changed(ffn={"extraVolumeMounts": [{"name": "tmp", "mountPath": "/x", "readonly": True}]}),
+        "additional properties 'readonly' not allowed",
+    ),
+    "a mount over another one by another name": (
+        changed(ffn={"extraVolumeMounts": [{"name": "tmp", "mountPath": "//model"}]}),
+        "ffn.extraVolumeMounts has //model, where something is mounted already",
+    ),
+    "an affinity to what there is not": (
+        changed(ffn={"affinity": {"nodeAfinity": {}}}),
+        "at '/ffn/affinity': additional properties 'nodeAfinity' not allowed",
+    ),
+    "a toleration with a wrong key": (
+        changed(redis={"tolerations": [{"keys": "a"}]}),
+        "at '/redis/tolerations/0': additional properties 'keys' not allowed",
+    ),
+    "clients with a wrong key": (
+        changed(networkPolicies={"clients": [{"namespace": "a"}]}),
+        "at '/networkPolicies/clients/0': additional properties 'namespace' not allowed",
+    ),
+    "a label with no name": (changed(ffn={"podLabels": {"a b": "c"}}), "invalid propertyName 'a b'"),
+    "GPUs twice": (
+        changed(ffn={"gpu": {"count": 1}, "resources": {"limits": {"nvidia.com/gpu": 1}}}),
+        "ffn.resources.limits has nvidia.com/gpu, which ffn.gpu.count sets: leave it out of the limits",
+    ),
+    "scaling by a share of nothing": (
+        changed(gateway={"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}),
+        "gateway.autoscaling goes by a share of the requested CPU: set gateway.resources.requests.cpu",
+    ),
     "a volume that is there": (
         changed(ffn={"extraVolumes": [{"name": "shm", "emptyDir": {}}]}),
         "ffn.extraVolumes has shm, which is there already: give it another name",
@@ -962,7 +1019,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "the same shards next": (changed(ffn={"shards": 2, "nextShards": 2}), "ffn.nextShards equals ffn.shards"),
     "bounds the wrong way round": (
         changed(gateway={"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 2}}),
-        "gateway.autoscaling.minReplicas is over maxReplicas",
+        "gateway.autoscaling.minReplicas is 3 and maxReplicas is 2: lower the first or raise the second",
     ),
     "scaling by nothing": (changed(attention={"autoscaling": {"enabled": True}}), "autoscaling.prometheus must be"),
     "a model without a name": (changed(model={"hostPath": "/m"}), "model.name is not set"),
@@ -977,6 +1034,14 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "a certificate that is missing": (
         changed(insecure=False, tls={"secrets": {**NAMES, "ffn": ""}}),
         "tls.secrets.ffn is not set: every role has a certificate of its own",
+    ),
+    "certificates that are missing": (
+        changed(insecure=False, tls={"secrets": {"gateway": "a", "public": "d"}}),
+        "tls.secrets.attention, tls.secrets.ffn are not set: every role",
+    ),
+    "a public issuer in plain text": (
+        changed(tls={"certManager": {"publicIssuer": {"name": "b"}}}),
+        "insecure is true, and tls says where certificates come from: choose one",
     ),
     "a kind of issuer without a name": (
         changed(insecure=False, tls={"certManager": {"issuer": {"kind": "Issuer"}}}),

@@ -17,17 +17,23 @@
 {{- range $role := list "gateway" "attention" }}
 {{- $scaling := (get $.Values $role).autoscaling }}
 {{- if and $scaling.enabled (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) }}
-{{- fail (printf "%s.autoscaling.minReplicas is over maxReplicas" $role) }}
+{{- fail (printf "%s.autoscaling.minReplicas is %d and maxReplicas is %d: lower the first or raise the second" $role (int $scaling.minReplicas) (int $scaling.maxReplicas)) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.attention.autoscaling.enabled (not .Values.attention.autoscaling.prometheus) }}
 {{- fail "attention.autoscaling goes by the mesh's metrics: attention.autoscaling.prometheus must be the URL of the Prometheus that has them" }}
+{{- end }}
+{{- with .Values.gateway }}
+{{- if and .autoscaling.enabled (not (or .resources.requests.cpu .resources.limits.cpu)) }}
+{{- fail "gateway.autoscaling goes by a share of the requested CPU: set gateway.resources.requests.cpu" }}
+{{- end }}
 {{- end }}
 {{- include "afd.validateModel" .Values.model }}
 {{- include "afd.validateTls" .Values }}
 {{- include "afd.validateRedis" .Values.redis }}
 {{- include "afd.validateMetrics" .Values }}
 {{- include "afd.validateExtras" .Values }}
+{{- include "afd.validateDevices" .Values }}
 {{- include "afd.validateReshard" . }}
 {{- end -}}
 
@@ -51,6 +57,9 @@
 {{- range $role := list "gateway" "attention" "ffn" }}
 {{- if get $.tls.secrets $role }}{{ $given = append $given $role }}{{ else }}{{ $missing = append $missing (printf "tls.secrets.%s" $role) }}{{ end }}
 {{- end }}
+{{- if and .insecure (or $issuer $given $publicIssuer .tls.secrets.public) }}
+{{- fail "insecure is true, and tls says where certificates come from: choose one" }}
+{{- end }}
 {{- if and $issuer $given }}
 {{- fail "tls.certManager.issuer and tls.secrets are both set: the certificates of the roles come from one of them" }}
 {{- end }}
@@ -60,15 +69,12 @@
 {{- if and $publicIssuer (not .tls.certManager.publicNames) }}
 {{- fail "tls.certManager.publicIssuer is set and publicNames is not: they are the names that its certificate is for" }}
 {{- end }}
-{{- if and .insecure (or $issuer $given $publicIssuer .tls.secrets.public) }}
-{{- fail "insecure is true, and tls says where certificates come from: choose one" }}
-{{- end }}
 {{- if not (or .insecure $issuer $given) }}
 {{- fail "nothing says where certificates come from: set tls.certManager.issuer, or the four tls.secrets, or insecure: true if something else protects the pods' network" }}
 {{- end }}
 {{- if and $given (not (or .tls.secrets.public $publicIssuer)) }}{{ $missing = append $missing "tls.secrets.public" }}{{ end }}
 {{- if and $given $missing }}
-{{- fail (printf "%s is not set: every role has a certificate of its own, and clients see the public one" (join ", " $missing)) }}
+{{- fail (printf "%s %s not set: every role has a certificate of its own, and clients see the public one" (join ", " $missing) (ternary "is" "are" (eq (len $missing) 1))) }}
 {{- end }}
 {{- end -}}
 
@@ -113,6 +119,9 @@
 {{- if has .name $names }}
 {{- fail (printf "%s.extraEnv has %s twice: a variable has one value" $role .name) }}
 {{- end }}
+{{- if and (hasKey . "value") (hasKey . "valueFrom") }}
+{{- fail (printf "%s.extraEnv has %s with value and valueFrom: leave one of them out" $role .name) }}
+{{- end }}
 {{- $names = append $names .name }}
 {{- end }}
 {{- $volumes := list "model" "tmp" "shm" "tls" "public-tls" "redis-ca" }}
@@ -127,10 +136,23 @@
 {{- if not (has .name $volumes) }}
 {{- fail (printf "%s.extraVolumeMounts has %s, and no volume is called so: add it to %s.extraVolumes" $role .name $role) }}
 {{- end }}
-{{- if has .mountPath $places }}
+{{- $place := clean .mountPath }}
+{{- if has $place $places }}
 {{- fail (printf "%s.extraVolumeMounts has %s, where something is mounted already: choose another place" $role .mountPath) }}
 {{- end }}
-{{- $places = append $places .mountPath }}
+{{- $places = append $places $place }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "afd.validateDevices" -}}
+{{- range $role := list "attention" "ffn" }}
+{{- $values := get $ $role }}
+{{- range $kind := list "gpu" "rdma" }}
+{{- $device := get $values $kind }}
+{{- if and $device.count (hasKey $values.resources.limits $device.resource) }}
+{{- fail (printf "%s.resources.limits has %s, which %s.%s.count sets: leave it out of the limits" $role $device.resource $role $kind) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
