@@ -1217,7 +1217,7 @@ def test_helm_test_asks_the_gateway_by_a_command_that_there_is(rendered: Rendere
     ports |= dict.fromkeys(manager["publicNames"], ports["mesh-afd-gateway"])
     assert int(port) in [each["port"] for each in ports[service]]
     variables = {variable["name"] for variable in test.container.get("env", [])}
-    assert given["tls"] == bool(manager["publicIssuer"]), "everybody knows its CA"
+    assert bool(given["tls"]) == bool(manager["publicIssuer"]), "everybody knows its CA"
     assert ("AFD_CA" in variables) == (not rendered.values["insecure"] and not given["tls"])
     assert ("AFD_API_KEY" in variables) == rendered.values["gateway"]["requireApiKey"]
     assert test.manifest["metadata"]["annotations"]["helm.sh/hook"] == "test"

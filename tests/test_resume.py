@@ -254,7 +254,7 @@ async def test_stream_that_was_lost_asks_again_where_there_was_no_room_for_its_r
     def tokens(*indices: int) -> Any:
         return pb.GenerateResponse(tokens=[pb.GeneratedToken(index=index) for index in indices])
 
-    client, asked = Client("here,there"), []
+    client, asked = Client("here:1,there:1"), []
     calls = [
         Call([pb.GenerateResponse(started=pb.Started()), tokens(0, 1)], grpc.StatusCode.UNAVAILABLE),
         Call([], grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -277,7 +277,7 @@ async def test_stream_that_was_lost_asks_again_where_there_was_no_room_for_its_r
 async def test_request_that_a_gateway_does_not_take_is_asked_of_each_other_one_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client, asked = Client("here,there,elsewhere"), []
+    client, asked = Client("here:1,there:1,elsewhere:1"), []
     refusals = {0: grpc.StatusCode.UNAVAILABLE, 1: grpc.StatusCode.UNAVAILABLE}
 
     def ask(request: Any, urgency: Any) -> Call:

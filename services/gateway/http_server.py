@@ -145,6 +145,7 @@ async def serving_http(
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # :: is any, of both families
     try:
         listener.bind((host, port))
+        listener.listen()  # who comes before the server accepts waits, and is not refused
     except OSError as error:
         raise ConfigError(f"cannot listen on {joined(host, port)} for HTTP: {error.strerror}") from None
     config = uvicorn.Config(
