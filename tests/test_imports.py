@@ -125,6 +125,10 @@ def test_the_gateway_brings_in_no_torch() -> None:
     assert {"torch", "safetensors"} & brought_in_by("services.gateway.__main__") == set()
 
 
+def test_the_planner_brings_in_no_torch() -> None:
+    assert {"torch", "safetensors"} & brought_in_by("afd.planner.cli") == set()
+
+
 def test_the_ffn_knows_nothing_of_the_gateways_libraries() -> None:
     assert {"fastapi", "uvicorn", "jinja2", "tokenizers"} & brought_in_by("services.ffn.__main__") == set()
 

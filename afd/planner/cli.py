@@ -34,7 +34,7 @@ def paper_tables(
     cells = paper.cells()
     for context in CONTEXTS:
         console.print(_per_token(cells, context), *_money(cells, context))
-    console.print(_cards(cells), _published())
+    console.print(_cards(cells), _published(), _layers())
     known = [cell for cell in cells if cell.printed is not None]
     off = [cell for cell in known if not _agrees(cell)]
     console.print(
@@ -106,6 +106,15 @@ def _published() -> Table:
         found = row.predicted()
         speed = f"{found.tokens_per_s_per_card:.0f} [dim]({row.tokens_per_s_per_card:.0f})[/dim]"
         table.add_row(found.deployment.name, f"{row.context}", f"{row.kv_element_bytes}", speed, found.binding)
+    return table
+
+
+def _layers() -> Table:
+    table = _table("one attention layer, 64 sequences per card, KV cache in BF16", "model", "context", "card", "µs")
+    for row in paper.MEASURED_LAYERS:
+        table.add_row(
+            row.model, f"{row.context}", row.card, f"{row.predicted_us:.0f} [dim]({row.measured_us:.0f})[/dim]"
+        )
     return table
 
 

@@ -13,7 +13,7 @@ from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_spars
 from afd.planner.deployment import Disaggregated
 from afd.planner.estimate import Estimate, estimate
 from afd.planner.shape import ModelShape, load_shape
-from afd.planner.stages import Precision, Workload
+from afd.planner.stages import Precision, Roofline, Workload, attention_s
 
 CARDS = ("H800", "H20", "A800", "910B")
 CONTEXTS = (8192, 32768)
@@ -70,6 +70,36 @@ PUBLISHED = (
     Published(3, 2, 4096, 2, 3321),
     Published(2, 2, 4096, 1, 4039),
     Published(4, 2, 8192, 1, 2643),
+)
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """One attention layer with its linears, 64 sequences per card, a KV cache in BF16; as the paper has it."""
+
+    model: str
+    context: int
+    card: str
+    measured_us: float
+
+    @property
+    def predicted_us(self) -> float:
+        shape = shape_of(self.model)
+        layer, on = shape.layers[0][0], Roofline(cards()[self.card])
+        return 1e6 * attention_s(layer, shape.hidden_size, 64, self.context, Precision(kv=2), 1, on)
+
+
+MEASURED_LAYERS = (
+    MeasuredLayer("Step-3", 8192, "H800", 281),
+    MeasuredLayer("Step-3", 8192, "H20", 438),
+    MeasuredLayer("Step-3", 8192, "A800", 531),
+    MeasuredLayer("Step-3", 32768, "H800", 791),
+    MeasuredLayer("Step-3", 32768, "H20", 1452),
+    MeasuredLayer("Step-3", 32768, "A800", 1484),
+    MeasuredLayer("DeepSeek-V3", 8192, "H800", 372),
+    MeasuredLayer("DeepSeek-V3", 8192, "H20", 1252),
+    MeasuredLayer("DeepSeek-V3", 32768, "H800", 1125),
+    MeasuredLayer("DeepSeek-V3", 32768, "H20", 4817),
 )
 
 
