@@ -15,13 +15,23 @@ from afd.planner.deployment import Disaggregated
 from afd.planner.estimate import Estimate, estimate
 from afd.planner.layers import Ffn, GroupedQuery
 from afd.planner.shape import ModelShape, load_shape
-from afd.planner.stages import Efficiencies, Precision, Roofline, Stages, Workload, attention_s, ffn_s
+from afd.planner.stages import (
+    Efficiencies,
+    Precision,
+    Roofline,
+    Stages,
+    Transport,
+    Workload,
+    attention_s,
+    tensor_parallel_s,
+)
 
 CARDS = load_accelerators()
 STEP3 = load_shape("step-3")
 PERFECT = Efficiencies(
-    memory=1, flops=1, link=1, network=1, network_latency_s=0, step_s=0, usable_memory=1
+    memory=1, flops=1, link=1, overlap=1, imbalance=1, step_s=0, usable_memory=1
 )  # peaks, and nothing beside
+IDEAL = Transport("ideal", 0, 1)
 CARD = Accelerator(
     name="round numbers",
     bf16_flops=1e6,
@@ -69,18 +79,24 @@ def test_attention_by_hand() -> None:
 def test_ffn_by_hand() -> None:
     """600 parameters; 10 tokens move 10 elements of one byte out and two back, but for the card's own part."""
     on = Roofline(CARD, PERFECT)
-    assert ffn_s(FFN, 10, 1, 1, Precision(), on) == pytest.approx(600 / 1e4)
-    assert ffn_s(FFN, 1000, 1, 1, Precision(), on) == pytest.approx(1000 * 1200 / 2e6)
-    assert ffn_s(FFN, 10, 1, 2, Precision(), on) == pytest.approx(max(300 / 1e4, 0.5 * 10 * 10 * 3 / 1e3))
-    assert ffn_s(FFN, 10, 2, 2, Precision(), on) == pytest.approx(0.5 * 10 * 10 * 3 / 1e3), "each sees all tokens"
+    assert tensor_parallel_s(FFN, 10, 1, 1, Precision(), on) == pytest.approx(600 / 1e4)
+    assert tensor_parallel_s(FFN, 1000, 1, 1, Precision(), on) == pytest.approx(1000 * 1200 / 2e6)
+    assert tensor_parallel_s(FFN, 10, 1, 2, Precision(), on) == pytest.approx(max(300 / 1e4, 0.5 * 10 * 10 * 3 / 1e3))
+    assert tensor_parallel_s(FFN, 10, 2, 2, Precision(), on) == pytest.approx(0.5 * 10 * 10 * 3 / 1e3), (
+        "each sees all tokens"
+    )
 
 
 def test_the_crossing_by_hand() -> None:
     """2A1F of two cards: 8 tokens on 4 attention cards, and so 4 for each of the two FFN cards, 10 bytes each."""
-    found = Disaggregated(CARD, CARD, 2, 1, cards=2).stages(Workload(SMALL, 40, efficiencies=PERFECT), 2)
+    found = Disaggregated(CARD, CARD, 2, 1, cards=2, transport=IDEAL).stages(
+        Workload(SMALL, 40, efficiencies=PERFECT), 2
+    )
     assert found.dispatch == pytest.approx(3 * 4 * 10 / 1e2)
     assert found.combine == pytest.approx(2 * found.dispatch)
-    to_many = Disaggregated(CARD, CARD, 1, 3, cards=2).stages(Workload(SMALL, 40, efficiencies=PERFECT), 2)
+    to_many = Disaggregated(CARD, CARD, 1, 3, cards=2, transport=IDEAL).stages(
+        Workload(SMALL, 40, efficiencies=PERFECT), 2
+    )
     assert to_many.dispatch == pytest.approx(3 * 2 * 3 * 10 / 1e2), "three copies of two tokens leave each card"
 
 

@@ -59,8 +59,8 @@ def token_cost(shape: ModelShape, context: float, kv: KvFormat = KvFormat()) -> 
     shape.check_context(context)
     layers = shape.attentions.items()
     return TokenCost(
-        kv_bytes=sum(count * attention.kv_bytes(context, kv.of(attention)) for attention, count in layers),
-        attention_flops=sum(count * attention.flops(context) for attention, count in layers),
+        kv_bytes=sum(count * float(attention.kv_bytes(context, kv.of(attention))) for attention, count in layers),
+        attention_flops=sum(count * float(attention.flops(context)) for attention, count in layers),
         linear_flops=2 * shape.attention_parameters,
         ffn_flops=sum(count * ffn.flops for ffn, count in shape.ffns.items()),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from afd.errors import ConfigError
-from afd.planner.deployment import Disaggregated
+from afd.planner.deployment import Deployment
 from afd.planner.stages import Stages, Workload
 
 
@@ -14,14 +14,14 @@ from afd.planner.stages import Stages, Workload
 class Estimate:
     """What a deployment does with `batch` sequences per group and microbatch; `binding` keeps it from more."""
 
-    deployment: Disaggregated
+    deployment: Deployment
     batch: int
     stages: Stages
     binding: str
 
     @property
     def tpot_s(self) -> float:
-        return self.stages.tpot_s(self.deployment.microbatches)
+        return float(self.stages.tpot_s(self.deployment.microbatches))
 
     @property
     def sequences(self) -> int:
@@ -41,7 +41,7 @@ class Estimate:
         return self.deployment.dollars_per_hour / 3600 / self.tokens_per_s * 1e6
 
 
-def estimate(deployment: Disaggregated, workload: Workload, tpot_s: float) -> Estimate:
+def estimate(deployment: Deployment, workload: Workload, tpot_s: float) -> Estimate:
     """With as many sequences as keep the TPOT and the memory. Raises ConfigError if not one per group does."""
     workload.shape.check_context(workload.context)
     microbatches = deployment.microbatches
@@ -51,15 +51,15 @@ def estimate(deployment: Disaggregated, workload: Workload, tpot_s: float) -> Es
             f"{deployment.name}: {microbatches} sequences of {workload.context:g} tokens do not fit beside the weights"
         )
 
-    def keeps(batch: int) -> bool:
-        return deployment.stages(workload, batch).tpot_s(microbatches) <= tpot_s
+    def takes_s(batch: int) -> float:
+        return float(deployment.stages(workload, batch).tpot_s(microbatches))
 
-    if not keeps(1):
-        alone = deployment.stages(workload, 1).tpot_s(microbatches)
+    alone = takes_s(1)
+    if alone > tpot_s:
         raise ConfigError(
             f"{deployment.name}: a token takes {alone * 1e3:.1f} ms with one sequence per card, not {tpot_s * 1e3:g} ms"
         )
-    batch = _largest(room, keeps)
+    batch = _largest(room, lambda batch: takes_s(batch) <= tpot_s)
     found = deployment.stages(workload, batch)
     return Estimate(deployment, batch, found, "memory" if batch == room else found.slowest)
 

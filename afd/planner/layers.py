@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+Amount = float | NDArray[np.float64]  # a number, or one for each of many cases
+
 _FP32_BYTES = 4
 _LIGHTNING_FLOPS = 10  # per element of the state
 
@@ -24,10 +29,10 @@ class Attention(Protocol):
     def kv_shards(self) -> int:
         """Into how many equal parts tensor parallelism can split what a token reads; further cards hold copies."""
 
-    def kv_bytes(self, context: float, element_bytes: float) -> float:
+    def kv_bytes(self, context: Amount, element_bytes: float) -> Amount:
         """Read (and written, where it is a state) for one token that follows `context` others."""
 
-    def flops(self, context: float) -> float:
+    def flops(self, context: Amount) -> Amount:
         """Of the core, for one token that follows `context` others."""
 
 
@@ -50,13 +55,16 @@ class GroupedQuery:
     def kv_shards(self) -> int:
         return self.num_kv_heads
 
-    def seen(self, context: float) -> float:
-        return context if self.window is None else min(context, self.window)
+    def seen(self, context: Amount) -> Amount:
+        if self.window is None:
+            return context
+        shorter: Amount = np.minimum(context, self.window)
+        return shorter
 
-    def kv_bytes(self, context: float, element_bytes: float) -> float:
+    def kv_bytes(self, context: Amount, element_bytes: float) -> Amount:
         return 2 * self.num_kv_heads * self.head_dim * self.seen(context) * element_bytes
 
-    def flops(self, context: float) -> float:
+    def flops(self, context: Amount) -> Amount:
         """q k^T and the weighted sum of v: two products of 2 FLOPs."""
         return 4 * self.num_heads * self.head_dim * self.seen(context)
 
@@ -77,10 +85,10 @@ class MultiMatrix:
         down_and_kv = self.hidden_size * (self.share_q_dim + 2 * self.head_dim)
         return down_and_kv + self.share_q_dim * heads + heads * self.hidden_size
 
-    def kv_bytes(self, context: float, element_bytes: float) -> float:
+    def kv_bytes(self, context: Amount, element_bytes: float) -> Amount:
         return 2 * self.head_dim * context * element_bytes
 
-    def flops(self, context: float) -> float:
+    def flops(self, context: Amount) -> Amount:
         return 4 * self.num_heads * self.head_dim * context
 
 
@@ -109,10 +117,10 @@ class MultiLatent:
         kv_up = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
         return q + self.hidden_size * self.latent + kv_up + self.num_heads * self.v_head_dim * self.hidden_size
 
-    def kv_bytes(self, context: float, element_bytes: float) -> float:
+    def kv_bytes(self, context: Amount, element_bytes: float) -> Amount:
         return self.latent * context * element_bytes
 
-    def flops(self, context: float) -> float:
+    def flops(self, context: Amount) -> Amount:
         """The paper's count, which takes the latent's whole width for keys and for values."""
         return 4 * self.num_heads * self.latent * context
 
@@ -138,10 +146,10 @@ class Lightning:
     def state(self) -> int:
         return self.num_heads * self.head_dim**2
 
-    def kv_bytes(self, context: float, element_bytes: float) -> float:
+    def kv_bytes(self, context: Amount, element_bytes: float) -> Amount:
         return 2 * _FP32_BYTES * self.state
 
-    def flops(self, context: float) -> float:
+    def flops(self, context: Amount) -> Amount:
         """Ten per element of the state: the paper prints the sum only, which this gives to 0.1 %."""
         return _LIGHTNING_FLOPS * self.state
 
@@ -171,15 +179,32 @@ class Ffn:
         return self._of(self.num_experts * self.intermediate_size + self.shared_size)
 
     @property
+    def common_parameters(self) -> float:
+        """That every token has: the shared part, or all of a dense FFN."""
+        return self._of(self.shared_size + (0 if self.is_moe else self.intermediate_size))
+
+    @property
+    def routed_parameters(self) -> float:
+        """Of experts, among which each token has its own."""
+        return self.parameters - self.common_parameters
+
+    @property
+    def routed_flops(self) -> float:
+        return 2 * self.routed_parameters * self.top_k / self.num_experts
+
+    @property
     def flops(self) -> float:
-        return 2 * self._of(self.top_k * self.intermediate_size + self.shared_size)
+        return 2 * self.common_parameters + self.routed_flops
 
     @property
     def sparsity(self) -> float:
         """The part of the weights that a token has: (top_k + shared) / (experts + shared)."""
         return self.flops / 2 / self.parameters
 
-    def parameters_read(self, num_tokens: float) -> float:
-        """Expected, by tokens that are routed at random: experts that nobody has are not read."""
+    def routed_read(self, num_tokens: Amount) -> Amount:
+        """Parameters, expected, of tokens that are routed at random: experts that nobody has are not read."""
         missed = (1 - self.top_k / self.num_experts) ** num_tokens
-        return self._of(self.num_experts * (1 - missed) * self.intermediate_size + self.shared_size)
+        return self.routed_parameters * (1 - missed)
+
+    def parameters_read(self, num_tokens: Amount) -> Amount:
+        return self.common_parameters + self.routed_read(num_tokens)

@@ -86,7 +86,7 @@ class MeasuredLayer:
     def predicted_us(self) -> float:
         shape = shape_of(self.model)
         layer, on = shape.layers[0][0], Roofline(cards()[self.card])
-        return 1e6 * attention_s(layer, shape.hidden_size, 64, self.context, Precision(kv=2), 1, on)
+        return 1e6 * float(attention_s(layer, shape.hidden_size, 64, self.context, Precision(kv=2), 1, on))
 
 
 MEASURED_LAYERS = (

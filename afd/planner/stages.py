@@ -5,21 +5,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from afd.planner.accelerators import Accelerator
-from afd.planner.layers import Attention, Ffn
+from afd.planner.layers import Amount, Attention, Ffn
 from afd.planner.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What carries hidden states to another card, one way: over the NIC or, within a server, over the link."""
+
+    name: str
+    latency_s: float
+    efficiency: float
+    most_bytes_per_s: float = float("inf")
+    within_server: bool = False
+
+    def crossing_s(self, num_bytes: Amount, card: Accelerator) -> Amount:
+        peak = card.link_bytes_per_s if self.within_server else card.nic_bytes_per_s
+        return self.latency_s + num_bytes / min(peak * self.efficiency, self.most_bytes_per_s)
+
+
+NIXL = Transport("nixl", 20e-6, 0.80)
+LOCAL = Transport("within the server", 10e-6, 0.75, within_server=True)
+INLINE = Transport("inline", 110e-6, 0.80, most_bytes_per_s=7e8)  # docs/performance.md, "The handoff alone"
+TRANSPORTS = {transport.name: transport for transport in (NIXL, INLINE)}
 
 
 @dataclass(frozen=True)
 class Efficiencies:
     """The share of each peak that is reached: one set for all models, cards and deployments. docs/planner.md says where
-    they come from. `step_s` is what a step takes beside its layers: head, sampling, scheduling."""
+    they come from. `overlap` is the share of what could be hidden that is, where computing and crossing share a card;
+    `imbalance` the busiest card's tokens over the mean's, where experts are spread; `step_s` what a step takes beside
+    its layers: head, sampling, scheduling."""
 
     memory: float = 0.80
     flops: float = 0.75
     link: float = 0.75
-    network: float = 0.80
-    network_latency_s: float = 20e-6
+    overlap: float = 0.3
+    imbalance: float = 1.3
     step_s: float = 0.5e-3
     usable_memory: float = 0.92
 
@@ -41,18 +66,19 @@ class Roofline:
     card: Accelerator
     efficiencies: Efficiencies = Efficiencies()
 
-    def kernel_s(self, num_bytes: float, flops: float, element_bytes: float) -> float:
+    def kernel_s(self, num_bytes: Amount, flops: Amount, element_bytes: float) -> Amount:
         reading = num_bytes / (self.card.memory_bytes_per_s * self.efficiencies.memory)
-        return max(reading, flops / (self.card.flops_per_s(element_bytes) * self.efficiencies.flops))
+        computing = flops / (self.card.flops_per_s(element_bytes) * self.efficiencies.flops)
+        slower: Amount = np.maximum(reading, computing)
+        return slower
 
-    def link_s(self, num_bytes: float) -> float:
+    def link_s(self, num_bytes: Amount) -> Amount:
         """To the other cards of the server."""
         return num_bytes / (self.card.link_bytes_per_s * self.efficiencies.link)
 
-    def network_s(self, num_bytes: float) -> float:
-        """To another server, one way."""
-        sending = num_bytes / (self.card.nic_bytes_per_s * self.efficiencies.network)
-        return self.efficiencies.network_latency_s + sending
+    def all_reduce_s(self, num_bytes: Amount, cards: int) -> Amount:
+        """Of so many bytes that each of `cards` has."""
+        return self.link_s(2 * (cards - 1) / cards * num_bytes)
 
     @property
     def usable_bytes(self) -> float:
@@ -60,24 +86,43 @@ class Roofline:
 
 
 def attention_s(
-    attention: Attention, hidden_size: int, batch: float, context: float, precision: Precision, tp: int, on: Roofline
-) -> float:
+    attention: Attention, hidden_size: int, batch: Amount, context: Amount, precision: Precision, tp: int, on: Roofline
+) -> Amount:
     """One layer on `tp` cards that share `batch` sequences: its core, its linears, and the all-reduce after them."""
     kv_bytes = batch * attention.kv_bytes(context, precision.kv) / min(tp, attention.kv_shards)
     core = on.kernel_s(kv_bytes, batch * attention.flops(context) / tp, precision.kv)
     parameters = attention.parameters / tp
     linears = on.kernel_s(parameters * precision.weights, 2 * parameters * batch, precision.weights)
-    return core + linears + on.link_s(2 * (tp - 1) / tp * batch * hidden_size * precision.combine)
+    return core + linears + on.all_reduce_s(batch * hidden_size * precision.combine, tp)
 
 
-def ffn_s(ffn: Ffn, num_tokens: float, instances: int, cards: int, precision: Precision, on: Roofline) -> float:
-    """One layer on `instances` of `cards` each, among which its weights are spread. Within an instance hidden states
-    are gathered and partial sums scattered over the link, while the matrices are multiplied."""
+def tensor_parallel_s(
+    ffn: Ffn, num_tokens: Amount, instances: int, cards: int, precision: Precision, on: Roofline
+) -> Amount:
+    """One layer's FFN on `instances` of `cards` each, every matrix spread over all of them. Within an instance hidden
+    states are gathered and partial sums scattered over the link, while the matrices are multiplied."""
     everywhere = instances * cards
     read = ffn.parameters_read(num_tokens) * precision.weights / everywhere
     multiplying = on.kernel_s(read, ffn.flops * num_tokens / everywhere, precision.weights)
     moved = (cards - 1) / cards * num_tokens * ffn.hidden_size * (precision.dispatch + precision.combine)
-    return max(multiplying, on.link_s(moved))
+    slower: Amount = np.maximum(multiplying, on.link_s(moved))
+    return slower
+
+
+def expert_parallel_s(
+    ffn: Ffn, num_tokens: Amount, cards: int, group: int, precision: Precision, on: Roofline
+) -> Amount:
+    """The matrices of one layer's FFN, its experts spread over `cards`. What all tokens have is on every
+    `group` of them, for the group's share of the tokens."""
+    imbalance = on.efficiencies.imbalance if cards > group else 1.0
+    read = ffn.routed_read(num_tokens) * precision.weights / cards
+    routed = on.kernel_s(read, imbalance * ffn.routed_flops * num_tokens / cards, precision.weights)
+    common = on.kernel_s(
+        ffn.common_parameters * precision.weights / group,
+        2 * ffn.common_parameters * num_tokens / cards,
+        precision.weights,
+    )
+    return routed + common
 
 
 @dataclass(frozen=True)
@@ -92,7 +137,7 @@ class Workload:
     def on(self, card: Accelerator) -> Roofline:
         return Roofline(card, self.efficiencies)
 
-    def attention_s(self, batch: float, tp: int, card: Accelerator) -> float:
+    def attention_s(self, batch: Amount, tp: int, card: Accelerator) -> Amount:
         """All layers."""
         shape, on = self.shape, self.on(card)
         return sum(
@@ -100,18 +145,10 @@ class Workload:
             for layer, count in shape.attentions.items()
         )
 
-    def ffn_s(self, num_tokens: float, instances: int, cards: int, card: Accelerator) -> float:
-        """All layers."""
-        on = self.on(card)
-        return sum(
-            count * ffn_s(layer, num_tokens, instances, cards, self.precision, on)
-            for layer, count in self.shape.ffns.items()
-        )
-
     def kv_bytes(self, tp: int) -> float:
         """Of a sequence, on each of `tp` cards."""
         return sum(
-            count * layer.kv_bytes(self.context, self.precision.kv) / min(tp, layer.kv_shards)
+            count * float(layer.kv_bytes(self.context, self.precision.kv)) / min(tp, layer.kv_shards)
             for layer, count in self.shape.attentions.items()
         )
 
@@ -120,32 +157,52 @@ class Workload:
         vocabulary = 2 * self.shape.vocab_size * self.shape.hidden_size / cards
         return (self.shape.attention_parameters / tp + vocabulary) * self.precision.weights
 
+    def ffn_weights(self, cards: int, group: int) -> float:
+        """Bytes on each card: experts over `cards`, what all tokens have over `group`."""
+        return sum(
+            count * (layer.routed_parameters / cards + layer.common_parameters / group) * self.precision.weights
+            for layer, count in self.shape.ffns.items()
+        )
+
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds per step of one microbatch, all layers together, by what it occupies; `beside` is once per step."""
+    """Seconds per step of one microbatch, all layers together, by what it occupies; `beside` is once per step. With an
+    `overlap`, attention and FFN share their cards. Numbers, or arrays over batches."""
 
-    attention: float
-    dispatch: float
-    ffn: float
-    combine: float
+    attention: Amount
+    dispatch: Amount
+    ffn: Amount
+    combine: Amount
     beside: float
+    overlap: float | None = None
 
     @property
-    def through_all(self) -> float:
+    def through_all(self) -> Amount:
         """Of a microbatch that waits for nobody."""
         return self.attention + self.dispatch + self.ffn + self.combine
 
     @property
-    def occupied(self) -> dict[str, float]:
+    def occupied(self) -> dict[str, Amount]:
         """By what works at the same time as the others; each direction of the network does."""
         return {"attention": self.attention, "dispatch": self.dispatch, "FFN": self.ffn, "combine": self.combine}
 
     @property
     def slowest(self) -> str:
-        return max(self.occupied, key=lambda name: self.occupied[name])
+        return max(self.occupied, key=lambda name: float(self.occupied[name]))
 
-    def tpot_s(self, microbatches: int) -> float:
+    def tpot_s(self, microbatches: int) -> Amount:
         """All microbatches through the slowest stage one after the other; or one through all stages, where that takes
-        longer and leaves the slowest one with gaps. So equal stages of t need 2 + t_comm / t microbatches."""
-        return max(microbatches * self.occupied[self.slowest], self.through_all) + self.beside
+        longer and leaves the slowest one with gaps. So equal stages of t need 2 + t_comm / t microbatches.
+
+        On shared cards: all that is computed and all that crosses, but for the part of the shorter that is hidden.
+        """
+        if self.overlap is not None:
+            computing, crossing = (
+                microbatches * time for time in (self.attention + self.ffn, self.dispatch + self.combine)
+            )
+            hidden = self.overlap * np.minimum(computing, crossing) if microbatches > 1 else 0.0
+            return computing + crossing - hidden + self.beside
+        busiest = np.maximum.reduce([np.asarray(time, float) for time in np.broadcast_arrays(*self.occupied.values())])
+        slower: Amount = np.maximum(microbatches * busiest, self.through_all)
+        return slower + self.beside
