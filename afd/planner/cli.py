@@ -1,4 +1,4 @@
-"""`afd plan`: what decoding costs, and which deployment to run."""
+"""`afd plan`: what decoding costs, which deployment to run, and whether disaggregation pays."""
 
 from __future__ import annotations
 
@@ -9,17 +9,153 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
-from afd.output import write_json
-from afd.planner import paper
+from afd.errors import ConfigError
+from afd.output import write_json, write_text
+from afd.planner import paper, question
+from afd.planner.accelerators import load_accelerators
+from afd.planner.deployment import Experts
 from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
+from afd.planner.question import Width
+from afd.planner.report import Report, as_html, as_json, report
+from afd.planner.search import Choices, Goal, Plan, plan
+from afd.planner.shape import load_shape
+from afd.planner.stages import Prefill
+from afd.planner.verdict import Choice, verdict
 
 app = typer.Typer(no_args_is_help=True, help="What decoding costs, and which deployment to run.")
 console = Console()
+notes = Console(stderr=True)
+
+NOTHING_STATUS = 3  # of a plan that nothing keeps
+_CONTEXT = 4096.0
 
 _PER_TOKEN = ("kv_bytes", "attention_flops", "linear_flops", "ffn_flops")
 _MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
+
+
+@app.callback(invoke_without_command=True)
+def plan_deployment(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="one of `afd plan models`, a config.json of Hugging Face, or its folder")
+    ] = None,
+    card: Annotated[list[str] | None, typer.Option(help="a card to choose from, for both parts; repeat it")] = None,
+    attention_card: Annotated[list[str] | None, typer.Option(help="for attention only; repeat it")] = None,
+    ffn_card: Annotated[list[str] | None, typer.Option(help="for the FFN only; repeat it")] = None,
+    accelerators: Annotated[list[Path] | None, typer.Option(help="TOML file of more cards; repeat it")] = None,
+    live_context: Annotated[
+        float | None, typer.Option("--context", help=f"tokens before each new one, in the mean ({_CONTEXT:g})")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="tokens of prompts: 2000, uniform:A,B, geometric:MEAN, lognormal:MEAN,SIGMA")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="tokens of outputs, in the same forms")] = None,
+    lengths: Annotated[
+        Path | None, typer.Option(help='instead: a line {"prompt_tokens": N, "output_tokens": N} per request')
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="requests per second, which are to be kept up with")] = None,
+    tpot_ms: Annotated[float, typer.Option(help="within which a token is to be decoded")] = 50.0,
+    ttft_ms: Annotated[
+        float | None, typer.Option(help="within which a prompt is to be prefilled by the same cards; else elsewhere")
+    ] = None,
+    weights: Annotated[list[Width] | None, typer.Option(help="quantisation of weights; repeat it [fp8]")] = None,
+    kv: Annotated[list[Width] | None, typer.Option(help="of the KV cache; repeat it [fp8]")] = None,
+    experts: Annotated[
+        list[Experts] | None, typer.Option(help="how an FFN instance spreads experts; repeat it [both]")
+    ] = None,
+    transport: Annotated[list[str] | None, typer.Option(help="nixl or inline, between servers [nixl]")] = None,
+    microbatches: Annotated[list[int] | None, typer.Option(help="in flight; repeat it [2, 3, 4]")] = None,
+    max_cards: Annotated[int, typer.Option(help="of one deployment")] = 128,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="another efficiency than the stated one, like memory=0.7; repeat it")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="also write the report with pictures to this HTML file")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+) -> None:
+    """Which deployment decodes a model cheapest within a TPOT, disaggregated or collocated, and what binds it.
+
+    Status 3 says that nothing that was looked at keeps the TPOT.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options_before(context)
+        return
+    if model is None:
+        raise ConfigError(
+            "name the model, like --model step-3; `afd plan models` shows those that come with the planner"
+        )
+    cards = load_accelerators(*accelerators or ())
+    attention_cards, ffn_cards = question.chosen(card or (), attention_card or (), ffn_card or (), cards)
+    asked = question.lengths(prompt, output, lengths)
+    if asked is not None and live_context is not None:
+        raise ConfigError("--context follows from the lengths of prompts and outputs: leave one of them out")
+    if asked is None and (rate is not None or ttft_ms is not None):
+        raise ConfigError("--rate and --ttft-ms need the lengths of requests: --prompt and --output, or --lengths")
+    goal = Goal(
+        load_shape(model),
+        asked.live_context if asked else live_context if live_context is not None else _CONTEXT,
+        question.positive("--tpot-ms", tpot_ms) / 1e3,
+        question.positive("--ttft-ms", ttft_ms) / 1e3 if ttft_ms is not None else None,
+        question.positive("--rate", rate) * asked.output_tokens if rate is not None and asked else None,
+        Prefill(asked.prompt_tokens / asked.output_tokens, asked.prompt_tokens / 2)
+        if ttft_ms is not None and asked
+        else Prefill(),
+        asked.output_tokens if asked else None,
+        question.assume(assume or ()),
+    )
+    choices = Choices(
+        attention_cards,
+        ffn_cards,
+        question.within("--max-cards", max_cards, 1, 4096),
+        question.precisions(weights or [Width.fp8], kv or [Width.fp8]),
+        question.transports(transport or ["nixl"]),
+        [question.within("--microbatches", number, 1, 16) for number in microbatches or (2, 3, 4)],
+        experts or list(Experts),
+    )
+    with Progress(console=notes, transient=True) as progress:
+        task = progress.add_task("deployments")
+        found = plan(goal, choices, lambda done, total: progress.update(task, completed=done, total=total))
+    _print_report(report(found))
+    if json_file:
+        write_json(json_file, as_json(found))
+    if html:
+        write_text(html, as_html(report(found), _pictures(found)))
+        console.print(f"{html}", highlight=False)
+    if verdict(found).choice is Choice.nothing:
+        raise typer.Exit(NOTHING_STATUS)
+
+
+def _refuse_options_before(context: typer.Context) -> None:
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"options of `afd plan` itself stand before {context.invoked_subcommand}: give its own after it"
+            )
+
+
+def _print_report(found: Report) -> None:
+    console.print(f"[bold]{escape(found.title)}[/bold]", highlight=False)
+    console.print(escape(found.verdict), highlight=False)
+    for table in found.tables:
+        shown = _table(table.title, *table.columns)
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+    for note in found.notes:
+        console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
+
+
+def _pictures(found: Plan) -> list[tuple[str, str]]:
+    from afd.planner.plan_pictures import pareto, timeline
+
+    pictures = [("What a longer TPOT buys", pareto(found))]
+    if found.disaggregated.best:
+        pictures.append(("How the parts work at the same time", timeline(found.disaggregated.best)))
+    return pictures
 
 
 @app.command(name="paper")

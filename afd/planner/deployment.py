@@ -21,6 +21,10 @@ class Deployment(Protocol):
     def name(self) -> str: ...
 
     @property
+    def cards_text(self) -> str:
+        """How many of which cards."""
+
+    @property
     def microbatches(self) -> int: ...
 
     @property
@@ -69,6 +73,13 @@ class Disaggregated:
         return f"{self.num_attention}A{self.num_ffn}F"
 
     @property
+    def cards_text(self) -> str:
+        apart = (self.num_attention, self.attention.name), (self.num_ffn, self.ffn.name)
+        if self.attention == self.ffn:
+            return f"{self.num_cards} {self.ffn.name}"
+        return " + ".join(f"{instances * self.cards} {card}" for instances, card in apart)
+
+    @property
     def num_cards(self) -> int:
         return (self.num_attention + self.num_ffn) * self.cards
 
@@ -82,7 +93,7 @@ class Disaggregated:
         return self.cards * per_card
 
     def stages(self, workload: Workload, batch: Amount) -> Stages:
-        num_tokens = batch * self.num_groups
+        num_tokens = workload.tokens(batch * self.num_groups)
         precision = workload.precision
         return Stages(
             attention=workload.attention_s(batch, self.tp, self.attention),
@@ -139,6 +150,10 @@ class Collocated:
         return f"EP{self.num_cards}" if self.num_groups > 1 else f"TP{self.tp}"
 
     @property
+    def cards_text(self) -> str:
+        return f"{self.num_cards} {self.card.name}"
+
+    @property
     def num_groups(self) -> int:
         return self.num_cards // self.tp
 
@@ -147,20 +162,22 @@ class Collocated:
         return self.num_cards * self.card.dollars_per_hour
 
     def stages(self, workload: Workload, batch: Amount) -> Stages:
-        tokens_per_card = batch / self.tp
+        tokens_per_card = workload.tokens(batch / self.tp)
         return Stages(
             attention=workload.attention_s(batch, self.tp, self.card),
             dispatch=self._all_to_all_s(workload, tokens_per_card, workload.precision.dispatch),
-            ffn=sum(count * self._ffn_s(ffn, workload, batch) for ffn, count in workload.shape.ffns.items()),
+            ffn=sum(
+                count * self._ffn_s(ffn, workload, workload.tokens(batch)) for ffn, count in workload.shape.ffns.items()
+            ),
             combine=self._all_to_all_s(workload, tokens_per_card, workload.precision.combine),
             beside=workload.efficiencies.step_s,
             overlap=workload.efficiencies.overlap,
         )
 
-    def _ffn_s(self, ffn: Ffn, workload: Workload, batch: Amount) -> Amount:
+    def _ffn_s(self, ffn: Ffn, workload: Workload, tokens_per_group: Amount) -> Amount:
         on, precision = workload.on(self.card), workload.precision
-        multiplying = expert_parallel_s(ffn, batch * self.num_groups, self.num_cards, self.tp, precision, on)
-        return multiplying + on.all_reduce_s(batch * ffn.hidden_size * precision.combine, self.tp)
+        multiplying = expert_parallel_s(ffn, tokens_per_group * self.num_groups, self.num_cards, self.tp, precision, on)
+        return multiplying + on.all_reduce_s(tokens_per_group * ffn.hidden_size * precision.combine, self.tp)
 
     def _all_to_all_s(self, workload: Workload, tokens_per_card: Amount, element_bytes: float) -> Amount:
         """One way, all layers: over the link to experts in the server, over the network to the others."""

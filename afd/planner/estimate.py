@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ class Estimate:
     """What a deployment does with `batch` sequences per group and microbatch; `binding` keeps it from more."""
 
     deployment: Deployment
+    workload: Workload
     batch: int
     stages: Stages
     binding: str
@@ -22,6 +24,11 @@ class Estimate:
     @property
     def tpot_s(self) -> float:
         return float(self.stages.tpot_s(self.deployment.microbatches))
+
+    def ttft_s(self, output_tokens: float) -> float:
+        """Of a prompt that does not wait, where steps prefill as many prompts as they end: a group's share of a step is
+        its batch's, so a prompt takes `output_tokens` / batch steps, and one more for its first token."""
+        return (math.ceil(output_tokens / self.batch) + 1) * self.tpot_s
 
     @property
     def sequences(self) -> int:
@@ -43,13 +50,7 @@ class Estimate:
 
 def estimate(deployment: Deployment, workload: Workload, tpot_s: float) -> Estimate:
     """With as many sequences as keep the TPOT and the memory. Raises ConfigError if not one per group does."""
-    workload.shape.check_context(workload.context)
-    microbatches = deployment.microbatches
-    room = int(deployment.free_bytes(workload) / deployment.kv_bytes(workload) / microbatches)
-    if room < 1:
-        raise ConfigError(
-            f"{deployment.name}: {microbatches} sequences of {workload.context:g} tokens do not fit beside the weights"
-        )
+    microbatches, most = deployment.microbatches, room(deployment, workload)
 
     def takes_s(batch: int) -> float:
         return float(deployment.stages(workload, batch).tpot_s(microbatches))
@@ -59,9 +60,21 @@ def estimate(deployment: Deployment, workload: Workload, tpot_s: float) -> Estim
         raise ConfigError(
             f"{deployment.name}: a token takes {alone * 1e3:.1f} ms with one sequence per card, not {tpot_s * 1e3:g} ms"
         )
-    batch = _largest(room, lambda batch: takes_s(batch) <= tpot_s)
+    batch = _largest(most, lambda batch: takes_s(batch) <= tpot_s)
     found = deployment.stages(workload, batch)
-    return Estimate(deployment, batch, found, "memory" if batch == room else found.slowest)
+    return Estimate(deployment, workload, batch, found, "memory" if batch == most else found.slowest)
+
+
+def room(deployment: Deployment, workload: Workload) -> int:
+    """The most sequences per group and microbatch that fit the memory. Raises ConfigError if none does."""
+    workload.shape.check_context(workload.context)
+    most = int(deployment.free_bytes(workload) / deployment.kv_bytes(workload) / deployment.microbatches)
+    if most < 1:
+        raise ConfigError(
+            f"{deployment.name}: {deployment.microbatches} sequences of {workload.context:g} tokens do not fit beside "
+            "the weights"
+        )
+    return most
 
 
 def _largest(most: int, keeps: Callable[[int], bool]) -> int:

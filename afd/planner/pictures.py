@@ -1,4 +1,4 @@
-"""The planner's figures, as SVG and PNG. Needs matplotlib."""
+"""The planner's figures of the paper's analysis, as SVG and PNG, and the style of all. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ mpl.rcParams.update(
     }
 )
 
-_ATTENTION, _FFN, _SOFT = "#0969da", "#bc4c00", "#59636e"
+ATTENTION, FFN, SOFT = "#0969da", "#bc4c00", "#59636e"
 _COLOURS = dict(zip(MODELS, mpl.color_sequences["tab10"], strict=False))
 _TOKENS = [2**power for power in range(10, 17)]
 
@@ -79,11 +79,11 @@ def _attention_and_ffn_share(axes: Axes) -> None:
             ffn.append(cost.ffn_dollars(pair.ffn))
             labels.append(f"{model}  {context // 1024}K" if context == CONTEXTS[0] else f"{context // 1024}K")
     rows = [index + 0.25 * (index // 2) for index in range(len(labels))]
-    axes.barh(rows, attention, color=_ATTENTION, label="attention")
-    axes.barh(rows, ffn, left=attention, color=_FFN, label="FFN")
+    axes.barh(rows, attention, color=ATTENTION, label="attention")
+    axes.barh(rows, ffn, left=attention, color=FFN, label="FFN")
     for row, first, second in zip(rows, attention, ffn, strict=True):
         axes.text(
-            first + second + 0.002, row, f"{first / (first + second):.0%} attention", va="center", size=8, color=_SOFT
+            first + second + 0.002, row, f"{first / (first + second):.0%} attention", va="center", size=8, color=SOFT
         )
     axes.set_yticks(rows, labels)
     axes.invert_yaxis()
@@ -95,10 +95,10 @@ def _attention_and_ffn_share(axes: Axes) -> None:
 def _kv_against_compute(axes: Axes) -> None:
     context, ends = CONTEXTS[0], (1e8, 2e9)
     for name, card in cards().items():
-        axes.plot(ends, [size * card.roofline for size in ends], color=_SOFT, linewidth=1, linestyle="--")
+        axes.plot(ends, [size * card.roofline for size in ends], color=SOFT, linewidth=1, linestyle="--")
         above = 1 if name == "910B" else -7
         end = (ends[1], ends[1] * card.roofline)
-        axes.annotate(name, end, xytext=(4, above), textcoords="offset points", color=_SOFT)
+        axes.annotate(name, end, xytext=(4, above), textcoords="offset points", color=SOFT)
     for model in MODELS:
         cost = cost_of(model, context)
         axes.scatter(cost.kv_bytes, cost.attention_flops, color=_COLOURS[model], s=60, zorder=3)
@@ -113,12 +113,12 @@ def _kv_against_compute(axes: Axes) -> None:
 def _intensity_against_rooflines(axes: Axes) -> None:
     models = sorted(MODELS, key=lambda model: cost_of(model, CONTEXTS[0]).intensity)
     intensities = [cost_of(model, CONTEXTS[0]).intensity for model in models]
-    bars = axes.barh(models, intensities, color=[_ATTENTION if model == "Step-3" else "#a5c8f0" for model in models])
+    bars = axes.barh(models, intensities, color=[ATTENTION if model == "Step-3" else "#a5c8f0" for model in models])
     axes.bar_label(bars, fmt="%.0f", padding=4, bbox={"color": "white", "pad": 0.5})
     for name, card in cards().items():
-        axes.axvline(card.roofline, color=_FFN, linestyle="--", linewidth=1)
+        axes.axvline(card.roofline, color=FFN, linestyle="--", linewidth=1)
         side = "left" if name == "910B" else "right"
-        axes.text(card.roofline, -0.1, f" {name} ", va="center", ha=side, color=_FFN, size=9)
+        axes.text(card.roofline, -0.1, f" {name} ", va="center", ha=side, color=FFN, size=9)
     axes.set(xscale="log", xlabel="FLOPs per byte of KV cache; dashed: what a card does while it reads a byte")
     axes.set(xlim=(2, 1200), ylim=(-0.6, len(models) - 0.4))
     axes.set_title("Arithmetic intensity of attention against rooflines")

@@ -60,6 +60,15 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """Prompt tokens that are computed with each decoded one, and the context that they follow in the mean. None of them
+    where prompts are prefilled elsewhere."""
+
+    tokens: float = 0.0
+    context: float = 0.0
+
+
+@dataclass(frozen=True)
 class Roofline:
     """A card as it performs. Times in seconds."""
 
@@ -86,14 +95,23 @@ class Roofline:
 
 
 def attention_s(
-    attention: Attention, hidden_size: int, batch: Amount, context: Amount, precision: Precision, tp: int, on: Roofline
+    attention: Attention,
+    hidden_size: int,
+    batch: Amount,
+    context: Amount,
+    precision: Precision,
+    tp: int,
+    on: Roofline,
+    prefill: Prefill = Prefill(),
 ) -> Amount:
-    """One layer on `tp` cards that share `batch` sequences: its core, its linears, and the all-reduce after them."""
+    """One layer on `tp` cards that share `batch` sequences: its core, its linears, and the all-reduce after them. The
+    KV cache is read for what is decoded; a chunk of a prompt reads its own once for all its tokens."""
     kv_bytes = batch * attention.kv_bytes(context, precision.kv) / min(tp, attention.kv_shards)
-    core = on.kernel_s(kv_bytes, batch * attention.flops(context) / tp, precision.kv)
-    parameters = attention.parameters / tp
-    linears = on.kernel_s(parameters * precision.weights, 2 * parameters * batch, precision.weights)
-    return core + linears + on.all_reduce_s(batch * hidden_size * precision.combine, tp)
+    flops = batch * (attention.flops(context) + prefill.tokens * attention.flops(prefill.context))
+    core = on.kernel_s(kv_bytes, flops / tp, precision.kv)
+    parameters, num_tokens = attention.parameters / tp, batch * (1 + prefill.tokens)
+    linears = on.kernel_s(parameters * precision.weights, 2 * parameters * num_tokens, precision.weights)
+    return core + linears + on.all_reduce_s(num_tokens * hidden_size * precision.combine, tp)
 
 
 def tensor_parallel_s(
@@ -133,6 +151,11 @@ class Workload:
     context: float
     precision: Precision = Precision()
     efficiencies: Efficiencies = Efficiencies()
+    prefill: Prefill = Prefill()
+
+    def tokens(self, sequences: Amount) -> Amount:
+        """That a step computes for so many sequences."""
+        return sequences * (1 + self.prefill.tokens)
 
     def on(self, card: Accelerator) -> Roofline:
         return Roofline(card, self.efficiencies)
@@ -141,7 +164,7 @@ class Workload:
         """All layers."""
         shape, on = self.shape, self.on(card)
         return sum(
-            count * attention_s(layer, shape.hidden_size, batch, self.context, self.precision, tp, on)
+            count * attention_s(layer, shape.hidden_size, batch, self.context, self.precision, tp, on, self.prefill)
             for layer, count in shape.attentions.items()
         )
 
