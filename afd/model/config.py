@@ -62,7 +62,7 @@ class ModelConfig:
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
         config = cls(
-            num_layers=fields.count("num_hidden_layers"),
+            num_layers=fields.num_layers(),
             hidden_size=fields.count("hidden_size"),
             vocab_size=fields.count("vocab_size"),
             max_context_tokens=fields.least("max_seq_len", "max_position_embedding", "max_position_embeddings"),
@@ -91,7 +91,7 @@ class Step3Fields(Fields):
 
     def moe_layers(self) -> frozenset[int]:
         """`moe_layers_enum` is a string "4,5,6" (or a list); without it every layer but the first has experts."""
-        num_layers = self.count("num_hidden_layers")
+        num_layers = self.num_layers()
         value = self.values.get("moe_layers_enum")
         if value is None:
             return frozenset(range(1, num_layers))

@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 
 from afd.errors import CheckpointError
 
+_MOST = 10**8  # of anything: what is more is a slip
+_MOST_LAYERS = 10_000
+_MOST_CHARACTERS = 2**26  # an index of a checkpoint with many experts has ten million
+
 
 class Fields:
     """The fields of one config file; every refusal names the file, the field and the way out."""
@@ -31,7 +35,16 @@ class Fields:
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.refuse(name, f"{value!r} is not a positive whole number")
-        return int(value)
+        return self._at_most(_MOST, name, value)
+
+    def num_layers(self) -> int:
+        name = "num_hidden_layers"
+        return self._at_most(_MOST_LAYERS, name, self.count(name))
+
+    def _at_most(self, most: int, name: str, value: int) -> int:
+        if value > most:
+            self.refuse(name, f"{value} is more than any model has; the limit is {most}")
+        return value
 
     def whole(self, name: str, default: int) -> int:
         """A whole number that is not negative; `default` where the field is absent or null."""
@@ -40,7 +53,7 @@ class Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             self.refuse(name, f"{value!r} is not a whole number")
-        return int(value)
+        return self._at_most(_MOST, name, value)
 
     def whole_numbers(self, name: str) -> list[int]:
         value = self.values.get(name) or []
@@ -84,15 +97,19 @@ class Fields:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError with a sentence if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        value = json.loads(text) if len(text) <= _MOST_CHARACTERS else None
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is no model directory: it has no {path.name}") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path.parent} is not a directory") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if len(text) > _MOST_CHARACTERS:
+        raise CheckpointError(f"{path} has more than {_MOST_CHARACTERS} characters, so it describes no model")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return value

@@ -15,14 +15,14 @@ from rich.table import Table
 
 from afd.errors import ConfigError
 from afd.output import write_json, write_text
-from afd.planner import paper, question
-from afd.planner.accelerators import load_accelerators
+from afd.planner import listing, paper, question
+from afd.planner.accelerators import accelerator, load_accelerators
 from afd.planner.deployment import Experts
 from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
 from afd.planner.question import Width
 from afd.planner.report import Report, as_html, as_json, report
 from afd.planner.search import Choices, Goal, Plan, plan
-from afd.planner.shape import load_shape
+from afd.planner.shape import load_shape, shipped
 from afd.planner.stages import Prefill
 from afd.planner.verdict import Choice, verdict
 
@@ -268,3 +268,36 @@ def _number(cell: Cell, form: str) -> str:
         return f"{shown}  "
     same = form.format(cell.printed) == shown
     return f"{shown} [green]=[/green]" if same else f"{shown} [dim]({form.format(cell.printed)})[/dim]"
+
+
+@app.command(name="cards")
+def list_cards(
+    name: Annotated[str | None, typer.Argument(help="only this card, as its table in a file of accelerators")] = None,
+    accelerators: Annotated[
+        list[Path] | None, typer.Option(help="a file with cards of your own, which go before those that are known")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+) -> None:
+    """The cards that the planner knows, and yours: what they do, hold and cost."""
+    cards = load_accelerators(*accelerators or ())
+    chosen = [accelerator(name, cards)] if name else list(cards.values())
+    if name:
+        typer.echo(chosen[0].toml())
+    else:
+        console.print(listing.cards_table(chosen))
+    if json_file:
+        write_json(json_file, [listing.card_numbers(card) for card in chosen])
+
+
+@app.command(name="models")
+def list_models(
+    model: Annotated[
+        str | None, typer.Option(help="only this one: its name, or a config.json of your own, or the folder with it")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+) -> None:
+    """The models that come with the planner, or yours: layers, parameters, KV cache."""
+    shapes = [load_shape(name) for name in ([model] if model else shipped())]
+    console.print(listing.models_table(shapes))
+    if json_file:
+        write_json(json_file, [listing.model_numbers(shape) for shape in shapes])

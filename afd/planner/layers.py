@@ -22,6 +22,10 @@ class Attention(Protocol):
     """The attention of one layer: its core over the KV cache, and the linears around it."""
 
     @property
+    def kind(self) -> str:
+        """As the field calls it."""
+
+    @property
     def parameters(self) -> int:
         """Of the linears."""
 
@@ -45,6 +49,11 @@ class GroupedQuery:
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        name = {1: "MQA", self.num_heads: "MHA"}.get(self.num_kv_heads, "GQA")
+        return name if self.window is None else f"{name} over {self.window}"
 
     @property
     def parameters(self) -> int:
@@ -78,6 +87,7 @@ class MultiMatrix:
     head_dim: int
     share_q_dim: int
     kv_shards: int = 1
+    kind: str = "MFA"
 
     @property
     def parameters(self) -> int:
@@ -104,6 +114,7 @@ class MultiLatent:
     qk_rope_head_dim: int
     v_head_dim: int
     kv_shards: int = 1
+    kind: str = "MLA"
 
     @property
     def latent(self) -> int:
@@ -133,6 +144,7 @@ class Lightning:
     hidden_size: int
     num_heads: int
     head_dim: int
+    kind: str = "lightning"
 
     @property
     def parameters(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,29 @@ class ModelShape:
         return sum(count * ffn.parameters for ffn, count in self.ffns.items())
 
     @property
+    def vocabulary_parameters(self) -> int:
+        """Of embedding and head."""
+        return 2 * self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> float:
+        """All but routers and norms; a head that shares the embedding's counts too."""
+        return self.attention_parameters + self.ffn_parameters + self.vocabulary_parameters
+
+    @property
+    def active_parameters(self) -> float:
+        """Those that a token is multiplied with: no embedding, and of a MoE its experts."""
+        ffn = sum(count * ffn.flops / 2 for ffn, count in self.ffns.items())
+        return self.attention_parameters + ffn + self.vocabulary_parameters / 2
+
+    def kv_growth(self, element_bytes: float = 1) -> float:
+        """Bytes that a token of context adds to the KV cache, as long as no window is full."""
+        return sum(
+            count * (attention.kv_bytes(2, element_bytes) - attention.kv_bytes(1, element_bytes))
+            for attention, count in self.attentions.items()
+        )
+
+    @property
     def moe(self) -> Ffn | None:
         """The MoE layer that there are most of."""
         return next((ffn for ffn, _ in self.ffns.most_common() if ffn.is_moe), None)
@@ -69,21 +93,19 @@ def load_shape(name: str) -> ModelShape:
     """A shipped description by its name, or a `config.json`, or the folder with it. Raises ConfigError."""
     if name in shipped():
         return read_shape(shipped()[name], name)
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
+    if not os.path.exists(name):  # where Path.exists would raise, if the name is too long
         raise ConfigError(f"there is no model {name}: it is neither a file nor one of {', '.join(shipped())}")
-    return read_shape(path, path.parent.name or path.stem if path.name == "config.json" else path.stem)
+    path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
+    return read_shape(path, path.parent.resolve().name if path.name == "config.json" else path.stem)
 
 
 def read_shape(path: Path, name: str) -> ModelShape:
     raw = read_json(path)
-    text = raw.get("text_config")
-    fields = Fields(path, {**raw, **text} if isinstance(text, dict) else raw)
-    family = _FAMILIES.get(model_type := fields.raw("model_type"))
-    if family is None:
+    fields = Fields(path, raw | Fields(path, raw).table("text_config"))
+    model_type = fields.raw("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         fields.refuse("model_type", f"{model_type!r} is none that is known: {', '.join(sorted(_FAMILIES))}")
-    layers = family(fields)
+    layers = _FAMILIES[model_type](fields)
     return ModelShape(
         name=name,
         hidden_size=fields.count("hidden_size"),
@@ -105,7 +127,7 @@ def _step3(fields: Fields) -> Layers:
     )
     moe = _experts(fields, "moe_num_experts", "moe_top_k", shared_size=fields.count("share_expert_dim"))
     moe_layers = Step3Fields(fields.path, fields.values).moe_layers()
-    return _layers(fields, [attention], lambda layer: moe if layer in moe_layers else None)
+    return _layers(fields, [attention] * fields.num_layers(), lambda layer: moe if layer in moe_layers else None)
 
 
 def _deepseek(fields: Fields) -> Layers:
@@ -122,7 +144,8 @@ def _deepseek(fields: Fields) -> Layers:
     shared_size = fields.whole("n_shared_experts", 0) * fields.count("moe_intermediate_size")
     moe = _experts(fields, "n_routed_experts", "num_experts_per_tok", shared_size=shared_size)
     first, every = fields.whole("first_k_dense_replace", 0), fields.count("moe_layer_freq", 1)
-    return _layers(fields, [attention], lambda layer: moe if layer >= first and layer % every == 0 else None)
+    attentions = [attention] * fields.num_layers()
+    return _layers(fields, attentions, lambda layer: moe if layer >= first and layer % every == 0 else None)
 
 
 def _dense(fields: Fields) -> Layers:
@@ -146,7 +169,9 @@ def _ernie(fields: Fields) -> Layers:
     shared_size = fields.whole("moe_num_shared_experts", 0) * fields.count("moe_intermediate_size")
     moe = _experts(fields, "moe_num_experts", "moe_k", shared_size=shared_size)
     first, every = fields.whole("moe_layer_start_index", 0), fields.count("moe_layer_interval", 1)
-    last = fields.whole("moe_layer_end_index", fields.count("num_hidden_layers") - 1)
+    last = fields.num_layers() - 1
+    if fields.values.get("moe_layer_end_index") != -1:  # which is the last one, too
+        last = fields.whole("moe_layer_end_index", last)
     attentions = _grouped_layers(fields)
     return _layers(
         fields, attentions, lambda layer: moe if first <= layer <= last and not (layer + 1) % every else None
@@ -155,7 +180,7 @@ def _ernie(fields: Fields) -> Layers:
 
 def _llama4(fields: Fields) -> Layers:
     """Attention in chunks, but for layers without rotary embedding, every fourth by default, which see all."""
-    num_layers, chunk = fields.count("num_hidden_layers"), fields.count("attention_chunk_size")
+    num_layers, chunk = fields.num_layers(), fields.count("attention_chunk_size")
     has_rope = fields.whole_numbers("no_rope_layers") or [int((layer + 1) % 4 != 0) for layer in range(num_layers)]
     shared_size = fields.count("intermediate_size")
     moe = _experts(fields, "num_local_experts", "num_experts_per_tok", "intermediate_size", shared_size)
@@ -177,19 +202,27 @@ def _minimax(fields: Fields) -> Layers:
 def _grouped(fields: Fields, window: int | None = None) -> GroupedQuery:
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     num_kv_heads = fields.count("num_key_value_heads", num_heads)
-    return GroupedQuery(
-        hidden_size, num_heads, num_kv_heads, fields.count("head_dim", hidden_size // num_heads), window
-    )
+    if num_heads % num_kv_heads:
+        fields.refuse("num_attention_heads", f"{num_heads} is not a multiple of num_key_value_heads, {num_kv_heads}")
+    if fields.values.get("head_dim") is None and hidden_size % num_heads:
+        fields.refuse(
+            "head_dim", f"it is missing, and hidden_size, {hidden_size}, is not a multiple of {num_heads} heads"
+        )
+    head_dim = fields.count("head_dim", hidden_size // num_heads)
+    return GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, window)
 
 
 def _grouped_layers(fields: Fields) -> list[GroupedQuery]:
-    """One for all layers, or one for each where `layer_types` says which of them slide."""
+    """One for each layer; `layer_types` can say which of them slide."""
     slides = fields.values.get("use_sliding_window") is not False
     window = fields.whole("sliding_window", 0) or None if slides else None
+    whole, sliding = _grouped(fields), _grouped(fields, window)
     kinds = fields.values.get("layer_types")
+    if kinds is None:
+        return [sliding] * fields.num_layers()
     if not isinstance(kinds, list):
-        return [_grouped(fields, window)]
-    return [_grouped(fields, window if kind == "sliding_attention" else None) for kind in kinds]
+        fields.refuse("layer_types", f"{kinds!r} is not a list with a kind of attention for each layer")
+    return [sliding if kind == "sliding_attention" else whole for kind in kinds]
 
 
 def _experts(
@@ -208,9 +241,8 @@ def _layers(
     moe_of: Callable[[int], Ffn | None] = lambda layer: None,
     dense_width: str = "intermediate_size",
 ) -> Layers:
-    """All layers: an attention for each, or one for all; a MoE of the layer's index, or else a dense FFN."""
-    num_layers = fields.count("num_hidden_layers")
-    attentions = attentions if len(attentions) != 1 else [*attentions] * num_layers
+    """All layers: an attention for each; a MoE of the layer's index, or else a dense FFN."""
+    num_layers = fields.num_layers()
     if len(attentions) != num_layers:
         fields.refuse("num_hidden_layers", f"{num_layers}, but {len(attentions)} layers have a kind of attention")
 
