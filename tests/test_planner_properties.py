@@ -151,7 +151,7 @@ def test_more_tokens_read_more_of_a_moe_and_never_more_than_all(moe: Ffn, num_to
     assert no_more(moe.parameters_read(1), moe.parameters_read(num_tokens + 1))
     assert no_more(moe.parameters_read(num_tokens + 1), moe.parameters)
     assert moe.parameters_read(1) == pytest.approx(moe.flops / 2), "a token reads what it is multiplied with"
-    assert moe.parameters_read(0) == pytest.approx(3 * moe.hidden_size * moe.shared_size)
+    assert moe.parameters_read(0) == pytest.approx(moe.common_parameters)
 
 
 @given(shapes)

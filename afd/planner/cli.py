@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from afd.errors import ConfigError
 from afd.output import write_json, write_text
 from afd.planner import listing, paper, question
 from afd.planner.accelerators import accelerator, load_accelerators
 from afd.planner.deployment import Experts
-from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
+from afd.planner.paper import Cell
+from afd.planner.paper_tables import tables, titled
 from afd.planner.question import Width
 from afd.planner.report import Report, as_html, as_json, report
 from afd.planner.search import Choices, Goal, Plan, plan
@@ -27,13 +27,14 @@ from afd.planner.stages import Prefill
 from afd.planner.verdict import Choice, verdict
 
 app = typer.Typer(no_args_is_help=True, help="What decoding costs, and which deployment to run.")
-console = Console()
+# Tables are made for this width; what goes into a file or a pipe has it whatever the terminal.
+_WIDTH = 100
+console = Console(width=None if sys.stdout.isatty() else _WIDTH)
 notes = Console(stderr=True)
 
 NOTHING_STATUS = 3  # of a plan that nothing keeps
 _CONTEXT = 4096.0
 
-_PER_TOKEN = ("kv_bytes", "attention_flops", "linear_flops", "ffn_flops")
 _MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
 
 
@@ -141,7 +142,7 @@ def _print_report(found: Report) -> None:
     console.print(f"[bold]{escape(found.title)}[/bold]", highlight=False)
     console.print(escape(found.verdict), highlight=False)
     for table in found.tables:
-        shown = _table(table.title, *table.columns)
+        shown = titled(table.title, *table.columns)
         for row in table.rows:
             shown.add_row(*map(escape, row))
         console.print(shown)
@@ -168,9 +169,7 @@ def paper_tables(
     """The tables of the Step-3 paper (arXiv 2507.19427), its cost analysis and results, computed. A = marks what the
     paper prints in the same digits, as far as that is known here; brackets have what it prints in others."""
     cells = paper.cells()
-    for context in CONTEXTS:
-        console.print(_per_token(cells, context), *_money(cells, context))
-    console.print(_cards(cells), _published(), _layers())
+    console.print(*tables(cells))
     known = [cell for cell in cells if cell.printed is not None]
     off = [cell for cell in known if not _agrees(cell)]
     console.print(
@@ -195,79 +194,6 @@ def _agrees(cell: Cell) -> bool:
 
 def _as_json(cell: Cell) -> dict[str, object]:
     return {name: value for name, value in asdict(cell).items() if name != "printed"}
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _per_token(cells: Sequence[Cell], context: int) -> Table:
-    title = f"per token at a context of {context}: KV bytes, FLOPs"
-    table = _table(title, "model", "KV cache", "attention", "linears", "FFN", "FLOPs per KV byte")
-    for model in MODELS:
-        amounts = [_number(_find(cells, quantity, model, context), "{:.2e}") for quantity in _PER_TOKEN]
-        table.add_row(model, *amounts, _number(_find(cells, "intensity", model, context), "{:.3g}"))
-    return table
-
-
-def _money(cells: Sequence[Cell], context: int) -> Iterator[Table]:
-    for part, quantity in (("attention", "attention_cost"), ("FFN", "ffn_cost"), ("both", "total_cost")):
-        table = _table(f"{part}: $ per million tokens at a context of {context}", "model", *CARDS)
-        if part == "both":
-            table.add_column("each on its cheapest", justify="right")
-        cards = (*CARDS, AFD) if part == "both" else CARDS
-        for model in MODELS:
-            row = [_find(cells, quantity, model, context, card) for card in cards]
-            table.add_row(model, *(_number(cell, "{:.3f}") for cell in row))
-        yield table
-
-
-def _cards(cells: Sequence[Cell]) -> Table:
-    table = _table("cards", "card", "$ per EFLOP", "$ per PB", "FLOPs per byte", "least MoE sparsity for Step-3")
-    for card in CARDS:
-        flop, byte = (_find(cells, quantity, None, None, card).value for quantity in ("unit_flop", "unit_byte"))
-        roofline = _number(_find(cells, "roofline", None, None, card), "{:.0f}")
-        sparsity = _find(cells, "min_sparsity", "Step-3", None, card).value
-        table.add_row(card, f"{flop * 1e18:.3f}", f"{byte * 1e15:.3f}", roofline, f"{sparsity:.4f}")
-    return table
-
-
-def _published() -> Table:
-    table = _table("Step-3 on H800 at 50 ms per token", "deployment", "context", "KV bytes", "tokens/s/GPU", "bound by")
-    for row in paper.PUBLISHED:
-        found = row.predicted()
-        speed = f"{found.tokens_per_s_per_card:.0f} [dim]({row.tokens_per_s_per_card:.0f})[/dim]"
-        table.add_row(found.deployment.name, f"{row.context}", f"{row.kv_element_bytes}", speed, found.binding)
-    return table
-
-
-def _layers() -> Table:
-    table = _table("one attention layer, 64 sequences per card, KV cache in BF16", "model", "context", "card", "µs")
-    for row in paper.MEASURED_LAYERS:
-        table.add_row(
-            row.model, f"{row.context}", row.card, f"{row.predicted_us:.0f} [dim]({row.measured_us:.0f})[/dim]"
-        )
-    return table
-
-
-def _find(
-    cells: Sequence[Cell], quantity: str, model: str | None, context: int | None, card: str | None = None
-) -> Cell:
-    wanted = (quantity, model, context, card)
-    return next(cell for cell in cells if (cell.quantity, cell.model, cell.context, cell.card) == wanted)
-
-
-def _number(cell: Cell, form: str) -> str:
-    """With a mark where the paper prints the same digits, and with what it prints where they differ."""
-    shown = form.format(cell.value)
-    if cell.printed is None:
-        return f"{shown}  "
-    same = form.format(cell.printed) == shown
-    return f"{shown} [green]=[/green]" if same else f"{shown} [dim]({form.format(cell.printed)})[/dim]"
 
 
 @app.command(name="cards")

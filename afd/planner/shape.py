@@ -68,7 +68,7 @@ class ModelShape:
     def kv_growth(self, element_bytes: float = 1) -> float:
         """Bytes that a token of context adds to the KV cache, as long as no window is full."""
         return sum(
-            count * (attention.kv_bytes(2, element_bytes) - attention.kv_bytes(1, element_bytes))
+            count * float(attention.kv_bytes(2, element_bytes) - attention.kv_bytes(1, element_bytes))
             for attention, count in self.attentions.items()
         )
 
