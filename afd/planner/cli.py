@@ -75,6 +75,7 @@ def plan_deployment(
         list[str] | None, typer.Option(help="another efficiency than the stated one, like memory=0.7; repeat it")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the report with pictures to this HTML file")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="also write its pictures into this folder, as SVG")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
 ) -> None:
     """Which deployment decodes a model cheapest within a TPOT, disaggregated or collocated, and what binds it.
@@ -116,15 +117,17 @@ def plan_deployment(
         [question.within("--microbatches", number, 1, 16) for number in microbatches or (2, 3, 4)],
         experts or list(Experts),
     )
-    with Progress(console=notes, transient=True) as progress:
+    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         task = progress.add_task("deployments")
         found = plan(goal, choices, lambda done, total: progress.update(task, completed=done, total=total))
     _print_report(report(found))
     if json_file:
         write_json(json_file, as_json(found))
     if html:
-        write_text(html, as_html(report(found), _pictures(found)))
-        console.print(f"{html}", highlight=False)
+        _write(html, as_html(report(found), list(_pictures(found).values())))
+    if pictures:
+        for name, (_, svg) in _pictures(found).items():
+            _write(pictures / f"{name}.svg", svg)
     if verdict(found).choice is Choice.nothing:
         raise typer.Exit(NOTHING_STATUS)
 
@@ -133,8 +136,9 @@ def _refuse_options_before(context: typer.Context) -> None:
     for name in context.params:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            option, command = name.replace("_", "-"), context.invoked_subcommand
             raise ConfigError(
-                f"options of `afd plan` itself stand before {context.invoked_subcommand}: give its own after it"
+                f"--{option} is of `afd plan` itself: what `afd plan {command}` takes stands after {command}"
             )
 
 
@@ -150,12 +154,18 @@ def _print_report(found: Report) -> None:
         console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
 
 
-def _pictures(found: Plan) -> list[tuple[str, str]]:
+def _write(path: Path, text: str) -> None:
+    write_text(path, text)
+    console.print(f"{path}", highlight=False)
+
+
+def _pictures(found: Plan) -> dict[str, tuple[str, str]]:
+    """Titles and SVG, by name."""
     from afd.planner.plan_pictures import pareto, timeline
 
-    pictures = [("What a longer TPOT buys", pareto(found))]
+    pictures = {"plan-pareto": ("What a longer TPOT buys", pareto(found))}
     if found.disaggregated.best:
-        pictures.append(("How the parts work at the same time", timeline(found.disaggregated.best)))
+        pictures["plan-timeline"] = ("How the parts work at the same time", timeline(found.disaggregated.best))
     return pictures
 
 

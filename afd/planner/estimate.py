@@ -27,7 +27,7 @@ class Estimate:
 
     def ttft_s(self, output_tokens: float) -> float:
         """Of a prompt that does not wait, where steps prefill as many prompts as they end: a group's share of a step is
-        its batch's, so a prompt takes `output_tokens` / batch steps, and one more for its first token."""
+        its batch's, so a prompt takes `output_tokens` / batch steps, after one that it comes in the midst of."""
         return (math.ceil(output_tokens / self.batch) + 1) * self.tpot_s
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from afd.planner.accelerators import Accelerator, load_accelerators
 from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_sparsity, token_cost
-from afd.planner.deployment import Disaggregated
+from afd.planner.deployment import Collocated, Disaggregated
 from afd.planner.estimate import Estimate, estimate
 from afd.planner.shape import ModelShape, load_shape
 from afd.planner.stages import Precision, Roofline, Workload, attention_s
@@ -70,6 +70,26 @@ PUBLISHED = (
     Published(3, 2, 4096, 2, 3321),
     Published(2, 2, 4096, 1, 4039),
     Published(4, 2, 8192, 1, 2643),
+)
+
+
+@dataclass(frozen=True)
+class PublishedExpertParallel:
+    """A result of DeepSeek-V3 on H800: weights of 8 bits, a KV cache in BF16, two microbatches."""
+
+    num_cards: int
+    context: int
+    tpot_s: float
+    tokens_per_s_per_card: float
+
+    def predicted(self) -> Estimate:
+        workload = Workload(shape_of("DeepSeek-V3"), self.context, Precision(kv=2))
+        return estimate(Collocated(cards()["H800"], self.num_cards), workload, self.tpot_s)
+
+
+PUBLISHED_EXPERT_PARALLEL = (
+    PublishedExpertParallel(128, 4096, 128 / 2324, 2324),  # the published profile has 128 sequences per card
+    PublishedExpertParallel(144, 4989, TPOT_S, 1850),  # the mean of a day of serving, at 20 to 22 tokens/s each
 )
 
 

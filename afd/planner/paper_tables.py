@@ -60,11 +60,14 @@ def _cards(cells: Sequence[Cell]) -> Table:
 
 
 def _published() -> Table:
-    table = titled("Step-3 on H800 at 50 ms per token", "deployment", "context", "KV bytes", "tokens/s/GPU", "bound by")
-    for row in paper.PUBLISHED:
+    columns = ("deployment", "context", "KV bytes", "TPOT", "tokens/s/GPU", "bound by")
+    table = titled("on H800: Step-3 disaggregated, DeepSeek-V3 with large expert parallelism", *columns)
+    for row in (*paper.PUBLISHED, *paper.PUBLISHED_EXPERT_PARALLEL):
         found = row.predicted()
         speed = f"{found.tokens_per_s_per_card:.0f} [dim]({row.tokens_per_s_per_card:.0f})[/dim]"
-        table.add_row(found.deployment.name, f"{row.context}", f"{row.kv_element_bytes}", speed, found.binding)
+        kv = f"{found.workload.precision.kv:g}"
+        tpot = f"{found.tpot_s * 1e3:.1f} ms"
+        table.add_row(found.deployment.name, f"{row.context}", kv, tpot, speed, found.binding)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -74,7 +75,7 @@ def _speed(option: Option) -> list[str]:
         option.deployment.cards_text,
         f"{found.tpot_s * 1e3:.1f} ms",
         f"{found.tokens_per_s_per_card:,.0f}",
-        f"{found.dollars_per_million_tokens:.3f}",
+        f"{found.dollars_per_million_tokens:.3g}",
         found.binding,
     ]
 
@@ -117,8 +118,9 @@ def _notes(plan: Plan) -> Iterator[str]:
     if best is not None and isinstance(best.deployment, Disaggregated):
         found, deployment = best.estimate, best.deployment
         ratio = ratio_at(deployment, found.workload, found.batch)
+        wanted = f"{ratio:.1f}" if math.isfinite(ratio) else "any number of"
         yield (
-            f"The closed form of arXiv 2601.21351 wants {ratio:.1f} attention instances for {deployment.num_ffn} of "
+            f"The closed form of arXiv 2601.21351 wants {wanted} attention instances for {deployment.num_ffn} of "
             f"the FFN at this batch; {deployment.num_attention} were found, with the network and the TPOT counted."
         )
         yield from _over_inline(best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -119,6 +120,11 @@ class Option:
         """What is compared: dollars per hour of all units, or per million tokens where no rate is asked for."""
         return self.dollars_per_hour if self.units else self.estimate.dollars_per_million_tokens
 
+    @property
+    def order(self) -> tuple[float, float]:
+        """The cheaper first; of those that cost the same, the one with more to spare."""
+        return self.worth, self.estimate.dollars_per_million_tokens
+
 
 @dataclass
 class Front:
@@ -167,7 +173,7 @@ def rank(
 ) -> Ranking:
     """All deployments with all precisions. `advance` is called after each deployment."""
     front = Front(np.geomspace(min(0.002, goal.tpot_s), max(0.2, goal.tpot_s), 100))
-    candidates: list[tuple[float, Deployment, Workload]] = []
+    candidates: list[tuple[tuple[float, float], Deployment, Workload]] = []
     least = math.inf
     for deployment in deployments:
         for precision in precisions:
@@ -181,9 +187,9 @@ def rank(
             front.add(deployment, _within(front.tpots_s, tpots, tokens_per_s))
             speed = float(_within(np.array([goal.tpot_s]), tpots, tokens_per_s)[0])
             if speed > 0:
-                candidates.append((_worth(deployment, speed, goal), deployment, workload))
+                candidates.append((_order(deployment, speed, goal), deployment, workload))
         advance()
-    candidates.sort(key=lambda candidate: candidate[0])
+    candidates.sort(key=operator.itemgetter(0))
     return Ranking(_best(candidates, goal), front, least, len(deployments) * len(precisions))
 
 
@@ -205,12 +211,13 @@ def _units(tokens_per_s: float, goal: Goal) -> int | None:
     return math.ceil(goal.tokens_per_s / goal.utilization / tokens_per_s) if goal.tokens_per_s else None
 
 
-def _worth(deployment: Deployment, tokens_per_s: float, goal: Goal) -> float:
-    units = _units(tokens_per_s, goal)
-    return deployment.dollars_per_hour * units if units else deployment.dollars_per_hour / tokens_per_s
+def _order(deployment: Deployment, tokens_per_s: float, goal: Goal) -> tuple[float, float]:
+    """As an option has it, but for the units of money."""
+    units, per_token = _units(tokens_per_s, goal), deployment.dollars_per_hour / tokens_per_s
+    return deployment.dollars_per_hour * units if units else per_token, per_token
 
 
-def _best(candidates: Sequence[tuple[float, Deployment, Workload]], goal: Goal) -> list[Option]:
+def _best(candidates: Sequence[tuple[tuple[float, float], Deployment, Workload]], goal: Goal) -> list[Option]:
     """Estimated to the last sequence; one of each name and pair of cards."""
     found: dict[object, Option] = {}
     for _, deployment, workload in candidates:
@@ -226,7 +233,7 @@ def _best(candidates: Sequence[tuple[float, Deployment, Workload]], goal: Goal) 
         if goal.ttft_s is not None and goal.output_tokens and reached.ttft_s(goal.output_tokens) > goal.ttft_s:
             continue
         found[kind] = Option(reached, _units(reached.tokens_per_s, goal))
-    return sorted(found.values(), key=lambda option: option.worth)
+    return sorted(found.values(), key=lambda option: option.order)
 
 
 def _kind(deployment: Deployment) -> object:
@@ -254,7 +261,7 @@ class Plan:
 def _better(one: Option | None, other: Option | None) -> Option | None:
     if one is None or other is None:
         return one or other
-    return min(one, other, key=lambda option: option.worth)
+    return min(one, other, key=lambda option: option.order)
 
 
 def plan(goal: Goal, choices: Choices, advance: Callable[[int, int], object] = lambda done, total: None) -> Plan:

@@ -84,7 +84,7 @@ def _named(option: Option) -> str:
 
 
 def _dollars(option: Option) -> str:
-    return f"${option.worth:.2f} per hour" if option.units else f"${option.worth:.3f} per million tokens"
+    return f"${option.worth:.2f} per hour" if option.units else f"${option.worth:.3g} per million tokens"
 
 
 def describe(option: Option) -> str:
@@ -103,12 +103,15 @@ def _why_nothing(plan: Plan) -> str:
     least = min(plan.disaggregated.least_tpot_s, plan.collocated.least_tpot_s)
     if least == float("inf"):
         return (
-            f"{goal.shape.name} with a context of {goal.context:g} fits no deployment that was looked at: allow more "
-            "cards (--max-cards), larger ones, or fewer bytes per weight and KV element"
+            f"Neither: {goal.shape.name} with a context of {goal.context:g} fits no deployment that was looked at. "
+            "Allow more cards (--max-cards), larger ones, or fewer bytes per weight and KV element."
         )
     if least > goal.tpot_s:
         return (
-            f"no deployment decodes a token within {goal.tpot_s * 1e3:g} ms; the shortest is {least * 1e3:.1f} ms, "
-            "with one sequence per group"
+            f"Neither: no deployment decodes a token within {goal.tpot_s * 1e3:g} ms; the shortest TPOT is "
+            f"{least * 1e3:.1f} ms, with one sequence per group."
         )
-    return "a token can be decoded in time, but no deployment keeps the TTFT as well: allow more, or prefill elsewhere"
+    return (
+        "Neither: a token can be decoded in time, but no deployment keeps the TTFT as well. Allow more, or prefill "
+        "elsewhere (leave out --ttft-ms)."
+    )
