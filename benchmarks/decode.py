@@ -91,42 +91,43 @@ class MeasuredMesh:
     divisions: dict[Load, list[Division]] = field(default_factory=dict)
 
     def __call__(self, load: Load) -> float:
-        speed, division = asyncio.run(asyncio.wait_for(self._decode(load), _LONGEST_S))
-        self.divisions.setdefault(load, []).append(division)
+        speed, spent = asyncio.run(asyncio.wait_for(decode(self.mesh, load), _LONGEST_S))
+        self.divisions.setdefault(load, []).append(Division.of(spent))
         return speed
 
-    async def _decode(self, load: Load) -> tuple[float, Division]:
-        """Tokens/s while all streams decode, and the division of the steps meanwhile."""
-        everyone_decodes = asyncio.Barrier(load.streams + 1)
-        somebody_ended = asyncio.Event()
-        async with Client(self.mesh.gateway.address) as client:
-            vocab_size = (await client.get_model()).vocab_size
 
-            async def stream(group: asyncio.TaskGroup, seed: int) -> list[float]:
-                times = list[float]()
-                prompt = random_prompt(seed, load.prompt_tokens, vocab_size)
-                async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
-                    times.append(time.perf_counter())
-                    if len(times) == _UNCOUNTED:
-                        group.create_task(everyone_decodes.wait())
-                somebody_ended.set()
-                return times
+async def decode(mesh: Mesh, load: Load) -> tuple[float, dict[str, float]]:
+    """Tokens/s while all streams decode, and what the counters have counted meanwhile."""
+    everyone_decodes = asyncio.Barrier(load.streams + 1)
+    somebody_ended = asyncio.Event()
+    async with Client(mesh.gateway.address) as client:
+        vocab_size = (await client.get_model()).vocab_size
 
-            async with asyncio.TaskGroup() as group:  # a stream that fails ends the waiting for it
-                tasks = [group.create_task(stream(group, seed)) for seed in range(load.streams)]
-                await everyone_decodes.wait()
-                before = await asyncio.to_thread(counters, self.mesh)
-                await somebody_ended.wait()
-                spent = difference(await asyncio.to_thread(counters, self.mesh), before)
-        times = [task.result() for task in tasks]
-        start, end = max(own[_UNCOUNTED - 1] for own in times), min(own[-1] for own in times)
-        counted = [sum(start < at <= end for at in own) for own in times]
-        if min(counted) < _SHORTEST_WINDOW:
-            raise SystemExit(
-                f"{load.streams} streams of {load.prompt_tokens} tokens hardly decode together: with "
-                f"--output-tokens {load.output_tokens} some end while others still prefill; give more"
-            )
-        return sum(counted) / (end - start), Division.of(spent)
+        async def stream(group: asyncio.TaskGroup, seed: int) -> list[float]:
+            times = list[float]()
+            prompt = random_prompt(seed, load.prompt_tokens, vocab_size)
+            async for _ in client.generate(prompt, max_tokens=load.output_tokens, ignore_eos=True):
+                times.append(time.perf_counter())
+                if len(times) == _UNCOUNTED:
+                    group.create_task(everyone_decodes.wait())
+            somebody_ended.set()
+            return times
+
+        async with asyncio.TaskGroup() as group:  # a stream that fails ends the waiting for it
+            tasks = [group.create_task(stream(group, seed)) for seed in range(load.streams)]
+            await everyone_decodes.wait()
+            before = await asyncio.to_thread(counters, mesh)
+            await somebody_ended.wait()
+            spent = difference(await asyncio.to_thread(counters, mesh), before)
+    times = [task.result() for task in tasks]
+    start, end = max(own[_UNCOUNTED - 1] for own in times), min(own[-1] for own in times)
+    counted = [sum(start < at <= end for at in own) for own in times]
+    if min(counted) < _SHORTEST_WINDOW:
+        raise SystemExit(
+            f"{load.streams} streams of {load.prompt_tokens} tokens hardly decode together: with "
+            f"--output-tokens {load.output_tokens} some end while others still prefill; give more"
+        )
+    return sum(counted) / (end - start), spent
 
 
 def division_table(title: str, contenders: dict[str, MeasuredMesh], loads: Sequence[Load], num_rounds: int) -> Table:

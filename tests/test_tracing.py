@@ -19,6 +19,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from afd import Client
 from afd.handoff.negotiate import LADDER
+from afd.planner.observations import read_observations
 from tests.conftest import Model, StartMesh
 
 Span = dict[str, Any]
@@ -103,6 +104,16 @@ def test_every_layer_of_a_step_has_its_spans_in_both_services(
         if child["service"] == "afd-attention":
             assert int(step["startTimeUnixNano"]) <= int(child["startTimeUnixNano"])
             assert int(child["endTimeUnixNano"]) <= int(step["endTimeUnixNano"])
+
+
+def test_the_planner_reads_what_the_steps_took(trace_file: Path) -> None:
+    (observed,) = read_observations([trace_file])
+    setting = observed.setting
+    assert (setting.num_attention, setting.num_ffn, setting.microbatches, setting.streams) == (1, 2, 1, 1)
+    assert 1 < setting.context <= len("a secret prompt") + 1 + NUM_TOKENS
+    parts = (observed.attention_s, observed.beside_s, observed.ffn_s, observed.crossing_s)
+    assert all(0 < part < observed.step_s for part in parts)
+    assert sum(parts) == pytest.approx(observed.step_s)
 
 
 def test_prompts_are_not_in_the_trace(trace_file: Path) -> None:

@@ -34,6 +34,7 @@ notes = Console(stderr=True)
 
 NOTHING_STATUS = 3  # of a plan that nothing keeps
 _CONTEXT = 4096.0
+_MOST = 64  # replicas or shards whose events are simulated
 
 _MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
 
@@ -237,3 +238,42 @@ def list_models(
     console.print(listing.models_table(shapes))
     if json_file:
         write_json(json_file, [listing.model_numbers(shape) for shape in shapes])
+
+
+@app.command(name="measured")
+def plan_measured(
+    files: Annotated[
+        list[Path], typer.Argument(help="traces (AFD_TRACE_FILE), or scrapes of an attention replica's /metrics")
+    ],
+    model: Annotated[str, typer.Option(help="that was measured: its config.json, or the folder with it")],
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, help="that all processes share, each with one thread; default: each has its own"),
+    ] = None,
+    attention: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="replicas; repeat it")] = None,
+    ffn: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="shards; repeat it")] = None,
+    microbatches: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="of each attention replica; repeat it")
+    ] = None,
+    streams: Annotated[list[int] | None, typer.Option(min=1, max=65536, help="that decode at once; repeat it")] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens before each new one; repeat it")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+) -> None:
+    """Fits the times of a running mesh's stages to what it measured itself, and predicts other ratios, streams,
+    contexts and microbatches."""
+    from afd.planner import measured
+    from afd.planner.calibration import calibrate
+    from afd.planner.observations import read_observations
+
+    observations = read_observations(files)
+    found = calibrate(observations, load_shape(model), cores)
+    wanted = measured.settings(
+        observations, attention or (), ffn or (), microbatches or (), streams or (), context or ()
+    )
+    if not wanted:
+        raise ConfigError("there are fewer --streams than microbatches for them: give more")
+    console.print(*measured.tables(found, wanted))
+    for note in measured.notes(found, wanted):
+        console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
+    if json_file:
+        write_json(json_file, measured.as_json(found, wanted))

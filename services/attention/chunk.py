@@ -27,6 +27,11 @@ class Chunk:
         return 0 if self.sequence.num_uncomputed == 1 else self.num_tokens
 
 
+def context_tokens(computed: Iterable[Chunk]) -> int:
+    """What they looked at: the tokens of each sequence, those of the chunk included."""
+    return sum(chunk.sequence.num_computed for chunk in computed)
+
+
 @dataclass(frozen=True)
 class ChunkCost:
     """What a chunk costs both sides, in tokens: its tokens, and the context that each of them looks at."""

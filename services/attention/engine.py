@@ -23,7 +23,7 @@ from afd.errors import AfdError, Cancelled, DeadlineExceeded, InternalError, Pee
 from afd.model.sampler import sample
 from afd.model.sampling_params import SamplingParams
 from afd.state.requests import SequenceKey
-from services.attention.chunk import Chunk
+from services.attention.chunk import Chunk, context_tokens
 from services.attention.decoder import Decoder
 from services.attention.microbatch import Microbatch, MicrobatchBuilder
 from services.attention.pipeline import Pipeline
@@ -241,7 +241,7 @@ class Engine:
         del self._under_way[batch.slot]
         self._landed += batch.chunks
         self._undelivered += deliveries
-        self.counters.add_microbatch(batch.num_tokens, len(deliveries))
+        self.counters.add_microbatch(batch.num_tokens, context_tokens(batch.chunks), len(deliveries))
 
     def _sample(self, batch: Microbatch) -> list[Delivery]:
         with self.timeline.measure("lm_head"):

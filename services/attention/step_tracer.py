@@ -19,7 +19,7 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 from afd.telemetry import KEPT, clock_ns, traceparent, tracer
-from services.attention.chunk import Chunk
+from services.attention.chunk import Chunk, context_tokens
 from services.attention.slow_steps import Culprit, explain
 from services.attention.timeline import StepTimeline
 
@@ -33,6 +33,7 @@ class _Finished(NamedTuple):
     span: trace.Span
     step: StepTimeline
     chunks: Sequence[Chunk]
+    num_context_tokens: int
     transport_names: tuple[str, ...]
     usual: tuple[StepTimeline, ...] | None  # of a slow step: those before it
 
@@ -86,7 +87,7 @@ class StepTracer:
         elif any(chunk.num_tokens == 1 for chunk in chunks):  # nobody waits for his next token in one of mere prefill
             usual = tuple(self._usual)
         if usual is not None or span.is_recording():
-            self._finished.put(_Finished(span, step, chunks, self._transport_names, usual))
+            self._finished.put(_Finished(span, step, chunks, context_tokens(chunks), self._transport_names, usual))
 
     def fail(self, error: Exception) -> None:
         """The step came to nothing."""
@@ -104,7 +105,7 @@ class StepTracer:
             finished = self._finished.get()
             span = finished.span if finished.usual is None else self._explained(finished, finished.usual)
             if span.is_recording():
-                _describe(span, finished.chunks)
+                _describe(span, finished.chunks, finished.num_context_tokens)
                 _add_children(span, finished.step)
                 span.end(clock_ns(finished.step.end_ns))
 
@@ -132,10 +133,11 @@ def _begin_span(start_ns: int, transport_names: tuple[str, ...], kept: bool = Fa
     return tracer.start_span("decode_step", context, start_time=clock_ns(start_ns), attributes=attributes)
 
 
-def _describe(span: trace.Span, chunks: Sequence[Chunk]) -> None:
+def _describe(span: trace.Span, chunks: Sequence[Chunk], num_context_tokens: int) -> None:
     sequences = {chunk.sequence.key: chunk.sequence for chunk in chunks}
     span.set_attribute("afd.num_sequences", len(sequences))
     span.set_attribute("afd.num_tokens", sum(chunk.num_tokens for chunk in chunks))
+    span.set_attribute("afd.num_context_tokens", num_context_tokens)
     requests = {key.request_id: sequence.span_context for key, sequence in sequences.items()}
     for context in requests.values():
         if context is not None and context.is_valid:

@@ -107,6 +107,7 @@ class StepCounters:
     num_steps: int = 0
     num_microbatches: int = 0
     num_tokens: int = 0
+    num_context_tokens: int = 0
     num_generated: int = 0
     step_ns: int = 0
     part_ns: dict[Part, int] = field(default_factory=lambda: defaultdict(int))
@@ -120,9 +121,10 @@ class StepCounters:
         self.num_prefill_saved[why] += sequence.num_uncomputed - 1
         self.num_decode_saved[why] += sequence.num_undecoded
 
-    def add_microbatch(self, num_tokens: int, num_generated: int) -> None:
+    def add_microbatch(self, num_tokens: int, num_context_tokens: int, num_generated: int) -> None:
         self.num_microbatches += 1
         self.num_tokens += num_tokens
+        self.num_context_tokens += num_context_tokens
         self.num_generated += num_generated
 
     def add_step(self, step: StepTimeline) -> None:
