@@ -1,10 +1,11 @@
-"""The command line: `afd up`, `scale`, `layout`, `generate`, `chat`, `top`, `bench`, `trace`, `doctor`, `certs`,
-`keys`, `plan`, `make-checkpoint`."""
+"""The command line: `afd up`, `scale`, `layout`, `generate`, `chat`, `top`, `advise`, `bench`, `trace`, `doctor`,
+`certs`, `keys`, `plan`, `make-checkpoint`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from afd import control, keys
+from afd.advice import Goal, Look, look
+from afd.advice import advise as advise_on
 from afd.client import Client, Stream
 from afd.config import parse_microbatches, refuse_unknown_variables
 from afd.errors import AfdError, ConfigError
@@ -324,6 +327,34 @@ def top(
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())
+
+
+@app.command()
+def advise(
+    target: Annotated[str, typer.Argument(help="the gateway's gRPC address")] = "127.0.0.1:50051",
+    tpot_ms: Annotated[float | None, typer.Option(min=0.001, help="that a token may take")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(min=0.001, help="that a request's first token may take")] = None,
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="to look at the mesh")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print the numbers wanted, for a script")] = False,
+    tls: Tls = None,
+    ca: Ca = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Says what of a running mesh to scale next, and why. Changes nothing. Where API keys are required it needs an
+    operator's.
+
+    Exit status 0, whatever the advice is; 1 where there is no mesh to judge.
+    """
+
+    async def run() -> Look:
+        async with Client(target, tls=tls, ca=ca, api_key=api_key) as client:
+            return await look(client, seconds)
+
+    advice = advise_on(asyncio.run(run()), Goal(tpot_ms, ttft_ms))
+    if as_json:
+        print(json.dumps(advice.as_json()))
+    else:
+        console.print(advice.reason, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

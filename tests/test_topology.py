@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from afd import Client, SyncClient
+from afd.advice import Goal, advise, seen_as
 from afd.client import Replica
 from afd.errors import PermissionDenied
 from afd.handoff.frame import Crossing, Timing
@@ -70,6 +71,15 @@ def test_the_mesh_is_seen_with_its_load_its_rates_and_its_transports(mesh: Mesh)
         assert replica.rates["handoffs"] > replica.rates["steps"] > 0
     assert gateway.rates["output_tokens"] > 0
     assert all(0 < replica.rates["ffn_compute_seconds"] < 1 for replica in ffn)
+
+
+def test_advice_on_a_mesh_that_runs_stands_on_its_numbers(mesh: Mesh) -> None:
+    seen = seen_as([asyncio.run(seen_under_load(mesh))])
+    assert (seen.attention, seen.ffn, seen.missing_shards) == (2, 2, ())
+    assert seen.running == 2
+    assert 0 < seen.bubble_s < seen.step_s
+    assert 0 < seen.compute_s < seen.handoff_s
+    assert advise(seen, Goal(tpot_ms=1e-3)).reason.count("instead of 0.001") == 1
 
 
 def test_top_shows_every_replica_and_what_it_does(mesh: Mesh) -> None:

@@ -19,12 +19,17 @@ TOKENS = Counter("afd_output_tokens", "tokens sent to clients")
 
 def totals() -> dict[str, float]:
     """The counters whose rates are in the lease."""
-    return {"output_tokens": _total(TOKENS), "requests": _total(REQUESTS)}
+    return {
+        "output_tokens": _total(TOKENS),
+        "requests": _total(REQUESTS),
+        "first_tokens": _total(TTFT, "_count"),
+        "ttft_seconds": _total(TTFT, "_sum"),
+    }
 
 
-def _total(counter: Counter) -> float:
-    samples = (sample for metric in counter.collect() for sample in metric.samples)
-    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+def _total(metric: Counter | Histogram, kind: str = "_total") -> float:
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name.endswith(kind))
 
 
 class RequestTimes:
