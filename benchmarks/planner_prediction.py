@@ -52,6 +52,7 @@ _SERIAL, _PIPELINED = Ratio(1, 1, 1), Ratio(1, 1, 2)
 _MORE_ATTENTION, _MORE_FFN, _MORE_OF_BOTH = Ratio(2, 1, 1), Ratio(1, 2, 1), Ratio(2, 2, 1)
 
 ONE_TO_ONE = (
+    Point(_SERIAL, 1, 64),
     Point(_SERIAL, 4, 64),
     Point(_SERIAL, 8, 64),
     Point(_SERIAL, 16, 64),

@@ -16,6 +16,7 @@ from afd.bench import counters
 from afd.handoff.frame import Crossing, Timing
 from afd.handoff.negotiate import LADDER
 from afd.mesh import Mesh
+from afd.planner.observations import read_observations
 from afd.scrape import scrape
 from afd.telemetry import serve_metrics
 from services.attention.timeline import StepCounters, StepTimeline
@@ -88,6 +89,35 @@ def test_the_transport_of_every_pair_is_a_metric_with_what_its_probe_measured(me
         assert 0 < values[f"afd_handoff_probe_latency_seconds/ffn-{shard}/{shard}/{transport}"] < 5
         assert values[f"afd_handoff_probe_bytes_per_second/ffn-{shard}/{shard}/{transport}"] > 0
         assert values[f"afd_handoffs/{shard}"] == values["afd_handoffs/0"] > 0
+
+
+def test_the_planner_reads_what_is_scraped_while_a_mesh_decodes(
+    mesh: Mesh, make_model: Callable[[int], Model], tmp_path: Path
+) -> None:
+    (attention,) = (each.replica for each in mesh.services if each.role == "attention")
+    assert attention is not None
+
+    async def scrape_twice() -> None:
+        async with Client(mesh.gateway.address) as client:
+            stream = client.generate([3, 4, 5], max_tokens=200, ignore_eos=True)
+            texts = [await asyncio.to_thread(metrics_text, attention.metrics_address)]
+            async for _ in stream:
+                pass
+            texts.append(await asyncio.to_thread(metrics_text, attention.metrics_address))
+        (tmp_path / "metrics.txt").write_text("".join(texts))
+
+    asyncio.run(scrape_twice())
+    (observed,) = read_observations([tmp_path / "metrics.txt"])
+    assert (observed.setting.name, observed.setting.microbatches, observed.setting.streams) == ("1A2F", 1, 1)
+    assert observed.setting.context == pytest.approx(3 + 200 / 2, abs=3)
+    assert observed.num_layers == make_model(4).oracle.config.num_layers
+    assert 0 < observed.crossing_s < observed.step_s
+
+
+def metrics_text(address: str | None) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text
 
 
 def test_bubbles_of_both_sides_are_metrics_and_parts_of_the_time(mesh: Mesh) -> None:

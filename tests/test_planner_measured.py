@@ -16,7 +16,7 @@ from afd.planner.calibration import Calibration, Line, calibrate, fit_line
 from afd.planner.cli import app
 from afd.planner.layers import Ffn, GroupedQuery
 from afd.planner.observations import Observation, Setting, of_steps, read_observations
-from afd.planner.shape import ModelShape
+from afd.planner.shape import ModelShape, load_shape
 from afd.planner.simulation import Machine, Pace, Simulation, Work
 from afd.trace_view import Handoff, Interval, Step, load_steps
 from afd.trace_view.steps import Part
@@ -24,6 +24,7 @@ from afd.trace_view.steps import Part
 MS = 1_000_000
 DATA = Path(__file__).parent / "data"
 MODEL = Path(__file__).resolve().parents[1] / "models" / "step3-nano"
+NANO_LAYERS = load_shape(str(MODEL)).num_layers
 MOE = Ffn(hidden_size=1000, intermediate_size=1000, num_experts=16, top_k=2)
 SHAPE = ModelShape("small", 1000, 1000, 4096, ((GroupedQuery(1000, 8, 2, 64), MOE),) * 4)
 
@@ -98,6 +99,7 @@ def observed(setting: Setting, truth: Calibration = TRUTH) -> Observation:
     work = truth.work(setting)
     return Observation(
         setting,
+        SHAPE.num_layers,
         num_steps=100,
         step_s=truth.predict(setting).pace.step_s,
         attention_s=work.attention * SHAPE.num_layers,
@@ -144,6 +146,12 @@ def test_loads_that_do_not_tell_enough_are_refused(settings: Sequence[Setting], 
         calibrate([observed(setting) for setting in settings], SHAPE)
 
 
+def test_another_model_than_was_measured_is_refused() -> None:
+    other = replace(SHAPE, name="other", layers=SHAPE.layers * 2)
+    with pytest.raises(ConfigError, match="other has 8 layers, and what was measured 4"):
+        calibrate([observed(setting) for setting in LONE], other)
+
+
 def did(part: Part, start: int, end: int, layer: int = -1) -> Interval:
     return Interval(part, layer, 0 if layer >= 0 else -1, start * MS, end * MS)
 
@@ -176,6 +184,7 @@ def test_a_traces_steps_are_one_observation_for_each_load() -> None:
     steps = [step()] * 4 + [step(**{"afd.num_context_tokens": 4000})] * 4 + [step(**{"afd.num_tokens": 9})] * 4
     first, second = of_steps(Path("t.jsonl"), steps)
     assert first.setting == Setting(1, 1, 1, 4, 100)
+    assert first.num_layers == 1
     assert second.setting == Setting(1, 1, 1, 4, 1000)
     times = (first.step_s, first.attention_s, first.beside_s, first.ffn_s, first.crossing_s)
     assert times == pytest.approx((0.055, 0.010, 0.005, 0.030, 0.010))
@@ -203,6 +212,7 @@ def scrape(steps: int, streams: int, context: int = 100, prefilled: int = 0, nam
     """An attention replica's metrics after so many steps of `step`'s times."""
     values = {
         name: steps,
+        'afd_handoffs{shard="0"}': steps * NANO_LAYERS,
         "afd_microbatches": steps,
         "afd_step_tokens": steps * streams + prefilled,
         "afd_generated_tokens": steps * streams,
@@ -229,6 +239,7 @@ def test_scrapes_of_one_file_are_read_one_after_the_other(tmp_path: Path) -> Non
     file.write_text(scrape(10, 4) + scrape(110, 4) + scrape(120, 4, prefilled=500) + scrape(20, 4) + gateway)
     (found,) = read_observations([file])
     assert found.setting == Setting(2, 1, 1, 8, 100)
+    assert found.num_layers == NANO_LAYERS
     times = (found.num_steps, found.step_s, found.attention_s, found.beside_s, found.ffn_s, found.crossing_s)
     assert times == pytest.approx((100, 0.055, 0.010, 0.005, 0.030, 0.010))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import time
 import urllib.error
 import urllib.parse
@@ -13,8 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from afd import Client, SyncClient
+from afd import Client, SyncClient, cli
 from afd.advice import Goal, advise, seen_as
 from afd.client import Replica
 from afd.errors import PermissionDenied
@@ -80,6 +82,13 @@ def test_advice_on_a_mesh_that_runs_stands_on_its_numbers(mesh: Mesh) -> None:
     assert 0 < seen.bubble_s < seen.step_s
     assert 0 < seen.compute_s < seen.handoff_s
     assert advise(seen, Goal(tpot_ms=1e-3)).reason.count("instead of 0.001") == 1
+
+
+def test_advise_prints_a_sentence_or_numbers(mesh: Mesh) -> None:
+    ask = ["advise", mesh.gateway.address, "--seconds", "1"]
+    shown, numbers = (CliRunner().invoke(cli.app, [*ask, *more]).output for more in ([], ["--json"]))
+    assert shown.startswith("nothing")
+    assert json.loads(numbers).keys() == {"attention", "ffn", "reason"}
 
 
 def test_top_shows_every_replica_and_what_it_does(mesh: Mesh) -> None:

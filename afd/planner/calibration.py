@@ -140,6 +140,10 @@ def _reads(shape: ModelShape, num_tokens: float) -> list[float]:
 def calibrate(observations: Sequence[Observation], shape: ModelShape, cores: int | None = None) -> Calibration:
     """cores: what all processes of the measured mesh share, if they do. Raises ConfigError where the loads are too few
     to tell what depends on what."""
+    if other := {each.num_layers for each in observations} - {shape.num_layers}:
+        raise ConfigError(
+            f"{shape.name} has {shape.num_layers} layers, and what was measured {other.pop()}: name its own --model"
+        )
     crowded = [each for each in observations if cores and each.setting.most_computing > cores]
     others = [each for each in observations if each not in crowded]
     _check(others)

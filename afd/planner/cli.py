@@ -34,7 +34,7 @@ notes = Console(stderr=True)
 
 NOTHING_STATUS = 3  # of a plan that nothing keeps
 _CONTEXT = 4096.0
-_MOST = 64  # replicas or shards whose events are simulated
+_MOST = 16  # replicas or shards: more are too many events to simulate
 
 _MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
 

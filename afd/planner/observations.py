@@ -58,6 +58,7 @@ class Observation:
     """The mean of steps under one load: seconds of a step, and of one microbatch through all layers."""
 
     setting: Setting
+    num_layers: int
     num_steps: int
     step_s: float
     attention_s: float
@@ -129,6 +130,7 @@ def _of_load(steps: Sequence[Step], num_attention: int) -> Observation:
             first.num_sequences * num_attention,
             fmean(map(_context, steps)),
         ),
+        first.num_layers,
         len(steps),
         step_s,
         attention_s / first.num_microbatches,
@@ -212,6 +214,7 @@ def of_window(window: Mapping[str, float], num_attention: int) -> Observation:
             streams=num_attention * window["afd_generated_tokens"] / steps,
             context=window["afd_context_tokens"] / window["afd_step_tokens"],
         ),
+        num_layers=round(sum(window[f"afd_handoffs/{shard}"] for shard in shards) / max(1, len(shards)) / batches),
         num_steps=int(steps),
         step_s=window["afd_step_seconds"] / steps,
         attention_s=part_s["attention"] / batches,
