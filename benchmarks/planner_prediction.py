@@ -1,4 +1,6 @@
-"""How well `afd plan measured` predicts a mesh of this machine: `python -m benchmarks.planner_prediction --model DIR`.
+"""How well `afd plan --measured` predicts a mesh on this machine.
+
+`python -m benchmarks.planner_prediction --model DIR`.
 
 Meshes of several ratios run at once and take turns, each process with one thread. Under some loads the stages are
 calibrated; the others are predicted from them, and measured in the same rounds. One thread each, since `afd up` would

@@ -17,7 +17,7 @@ from afd.planner.cli import app
 from afd.planner.layers import Ffn, GroupedQuery
 from afd.planner.observations import Observation, Setting, of_steps, read_observations
 from afd.planner.shape import ModelShape, load_shape
-from afd.planner.simulation import Machine, Pace, Simulation, Work
+from afd.planner.shared_cores import Machine, Pace, Simulation, Work
 from afd.trace_view import Handoff, Interval, Step, load_steps
 from afd.trace_view.steps import Part
 
@@ -272,7 +272,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def measured(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["measured", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["--measured", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -286,3 +286,12 @@ def test_the_command_prints_what_was_fitted_and_what_is_predicted(tmp_path: Path
     written = json.loads(numbers.read_text())
     assert [(each["num_ffn"], each["streams"]) for each in written["predicted"]] == [(1, 32), (2, 32)]
     assert written["measured"][0]["step_s"] == pytest.approx(0.055)
+
+
+def test_options_of_cards_and_of_a_mesh_do_not_mix(tmp_path: Path) -> None:
+    for arguments, sentence in (
+        (["--measured", str(tmp_path), "--model", "step-3", "--card", "H800"], "--card says nothing beside --measured"),
+        (["--model", "step-3", "--card", "H800", "--streams", "8"], "--streams is of a mesh that was measured"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)

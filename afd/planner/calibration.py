@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from afd.errors import ConfigError
 from afd.planner.observations import Observation, Setting
 from afd.planner.shape import ModelShape
-from afd.planner.simulation import Machine, Pace, Simulation, Work
+from afd.planner.shared_cores import Machine, Pace, Simulation, Work
 
 _FACTORS = tuple(1 + step / 20 for step in range(25))  # that are tried
 _ROUNDING_S = 1e-9

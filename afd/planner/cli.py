@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,11 @@ from rich.progress import Progress
 from afd.errors import ConfigError
 from afd.output import write_json, write_text
 from afd.planner import listing, paper, question
+from afd.planner import measured as measured_mesh
 from afd.planner.accelerators import accelerator, load_accelerators
+from afd.planner.calibration import calibrate
 from afd.planner.deployment import Experts
+from afd.planner.observations import read_observations
 from afd.planner.paper import Cell
 from afd.planner.paper_tables import tables, titled
 from afd.planner.question import Width
@@ -78,18 +82,56 @@ def plan_deployment(
     html: Annotated[Path | None, typer.Option(help="also write the report with pictures to this HTML file")] = None,
     pictures: Annotated[Path | None, typer.Option(help="also write its pictures into this folder, as SVG")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="instead of cards: traces (AFD_TRACE_FILE) or scrapes of /metrics of a mesh that ran, to say what it "
+            "would do with other numbers; repeat it"
+        ),
+    ] = None,
+    attention: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="its replicas; repeat it")] = None,
+    ffn: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="its FFN shards; repeat it")] = None,
+    streams: Annotated[
+        list[int] | None, typer.Option(min=1, max=65536, help="that it decodes at once; repeat it")
+    ] = None,
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, help="that its processes share, each with one thread; default: each has its own"),
+    ] = None,
 ) -> None:
     """Which deployment decodes a model cheapest within a TPOT, disaggregated or collocated, and what binds it.
 
     Status 3 says that nothing that was looked at keeps the TPOT.
     """
+    given = _given(context)
     if context.invoked_subcommand is not None:
-        _refuse_options_before(context)
+        _refuse(given, f"is of `afd plan` itself: what `afd plan {context.invoked_subcommand}` takes stands after it")
         return
     if model is None:
         raise ConfigError(
             "name the model, like --model step-3; `afd plan models` shows those that come with the planner"
         )
+    if measured:
+        mesh = {
+            "measured",
+            "attention",
+            "ffn",
+            "streams",
+            "cores",
+            "model",
+            "live_context",
+            "microbatches",
+            "json_file",
+        }
+        others = {name: option for name, option in given.items() if name not in mesh}
+        _refuse(others, "says nothing beside --measured, which predicts the mesh that was measured: leave it out")
+        contexts = [question.within("--context", round(live_context), 1, 1 << 24)] if live_context is not None else []
+        _predict(
+            measured, model, (attention or (), ffn or ()), microbatches or (), streams or (), contexts, cores, json_file
+        )
+        return
+    of_a_mesh = {name: option for name, option in given.items() if name in {"attention", "ffn", "streams", "cores"}}
+    _refuse(of_a_mesh, "is of a mesh that was measured: give --measured FILE too")
     cards = load_accelerators(*accelerators or ())
     attention_cards, ffn_cards = question.chosen(card or (), attention_card or (), ffn_card or (), cards)
     asked = question.lengths(prompt, output, lengths)
@@ -133,14 +175,42 @@ def plan_deployment(
         raise typer.Exit(NOTHING_STATUS)
 
 
-def _refuse_options_before(context: typer.Context) -> None:
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option, command = name.replace("_", "-"), context.invoked_subcommand
-            raise ConfigError(
-                f"--{option} is of `afd plan` itself: what `afd plan {command}` takes stands after {command}"
-            )
+def _given(context: typer.Context) -> dict[str, str]:
+    """Parameters that are on the command line, and how their options are written."""
+    sources = {param.name or "": context.get_parameter_source(param.name or "") for param in context.command.params}
+    return {
+        param.name: param.opts[0]
+        for param in context.command.params
+        if param.name and (source := sources[param.name]) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def _refuse(given: dict[str, str], why: str) -> None:
+    if given:
+        raise ConfigError(f"{next(iter(given.values()))} {why}")
+
+
+def _predict(
+    files: Sequence[Path],
+    model: str,
+    ratios: tuple[Sequence[int], Sequence[int]],
+    microbatches: Sequence[int],
+    streams: Sequence[int],
+    context: Sequence[int],
+    cores: int | None,
+    json_file: Path | None,
+) -> None:
+    """Fits the times of a running mesh's stages to what it measured itself, and predicts others."""
+    observations = read_observations(files)
+    found = calibrate(observations, load_shape(model), cores)
+    wanted = measured_mesh.settings(observations, *ratios, microbatches, streams, context)
+    if not wanted:
+        raise ConfigError("there are fewer --streams than microbatches for them: give more")
+    console.print(*measured_mesh.tables(found, wanted))
+    for note in measured_mesh.notes(found, wanted):
+        console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
+    if json_file:
+        write_json(json_file, measured_mesh.as_json(found, wanted))
 
 
 def _print_report(found: Report) -> None:
@@ -238,42 +308,3 @@ def list_models(
     console.print(listing.models_table(shapes))
     if json_file:
         write_json(json_file, [listing.model_numbers(shape) for shape in shapes])
-
-
-@app.command(name="measured")
-def plan_measured(
-    files: Annotated[
-        list[Path], typer.Argument(help="traces (AFD_TRACE_FILE), or scrapes of an attention replica's /metrics")
-    ],
-    model: Annotated[str, typer.Option(help="that was measured: its config.json, or the folder with it")],
-    cores: Annotated[
-        int | None,
-        typer.Option(min=1, help="that all processes share, each with one thread; default: each has its own"),
-    ] = None,
-    attention: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="replicas; repeat it")] = None,
-    ffn: Annotated[list[int] | None, typer.Option(min=1, max=_MOST, help="shards; repeat it")] = None,
-    microbatches: Annotated[
-        list[int] | None, typer.Option(min=1, max=16, help="of each attention replica; repeat it")
-    ] = None,
-    streams: Annotated[list[int] | None, typer.Option(min=1, max=65536, help="that decode at once; repeat it")] = None,
-    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens before each new one; repeat it")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
-) -> None:
-    """Fits the times of a running mesh's stages to what it measured itself, and predicts other ratios, streams,
-    contexts and microbatches."""
-    from afd.planner import measured
-    from afd.planner.calibration import calibrate
-    from afd.planner.observations import read_observations
-
-    observations = read_observations(files)
-    found = calibrate(observations, load_shape(model), cores)
-    wanted = measured.settings(
-        observations, attention or (), ffn or (), microbatches or (), streams or (), context or ()
-    )
-    if not wanted:
-        raise ConfigError("there are fewer --streams than microbatches for them: give more")
-    console.print(*measured.tables(found, wanted))
-    for note in measured.notes(found, wanted):
-        console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
-    if json_file:
-        write_json(json_file, measured.as_json(found, wanted))

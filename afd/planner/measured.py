@@ -1,4 +1,4 @@
-"""`afd plan measured`: what a running mesh would do with other numbers, for people and as JSON."""
+"""`afd plan --measured`: what a running mesh would do with other numbers, for people and as JSON."""
 
 from __future__ import annotations
 
