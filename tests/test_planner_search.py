@@ -318,6 +318,19 @@ def run(*arguments: str) -> Result:
 SMALL_PLAN = ("--model", "step-3", "--card", "H800", "--max-cards", "16", "--microbatches", "3")
 
 
+def test_the_memory_by_hand() -> None:
+    """Attention has 600 parameters in each of 3 layers, and 2000 for embedding and head; an FFN has 2700."""
+    workload = Workload(SMALL, 40, Precision(weights=2), PERFECT)
+    apart = Disaggregated(CARD, CARD, 1, 2, cards=2)
+    assert apart.weight_bytes(workload) == pytest.approx((2 * (3 * 600 + 2000 / 2), 2 * 3 * 2700 / 4))
+    spread = replace(apart, experts=Experts.expert)
+    assert spread.weight_bytes(workload)[1] == pytest.approx(2 * 3 * (2400 / 4 + 300)), "the shared part is on each"
+    together = Collocated(CARD, 4, tp=2)
+    assert together.weight_bytes(workload) == pytest.approx((2 * (900 + 1000), 2 * 3 * (2400 / 4 + 300 / 2)))
+    assert together.free_bytes(workload) == pytest.approx(1e6 - sum(together.weight_bytes(workload)))
+    assert together.kv_bytes(workload) == pytest.approx(3 * 40 * 20 / 2)
+
+
 def test_the_report_says_it_all_and_is_written(tmp_path: Path) -> None:
     page, numbers = tmp_path / "plan.html", tmp_path / "plan.json"
     done = run(

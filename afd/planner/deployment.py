@@ -39,6 +39,9 @@ class Deployment(Protocol):
     def stages(self, workload: Workload, batch: Amount) -> Stages:
         """With `batch` sequences per group and microbatch."""
 
+    def weight_bytes(self, workload: Workload) -> tuple[float, float]:
+        """On each card of attention, and on each of the FFN; the same cards have both where they are shared."""
+
     def free_bytes(self, workload: Workload) -> float:
         """For the KV cache, on each attention card. Raises ConfigError if the weights do not fit."""
 
@@ -123,11 +126,15 @@ class Disaggregated:
         )
         return workload.shape.num_layers * slower
 
-    def free_bytes(self, workload: Workload) -> float:
+    def weight_bytes(self, workload: Workload) -> tuple[float, float]:
         everywhere = self.num_ffn * self.cards
         group = everywhere if self.experts is Experts.tensor else 1
-        _beside(workload.ffn_weights(everywhere, group), "FFN's", workload, self.ffn)
-        return _beside(workload.attention_weights(self.tp, self.cards), "attention's", workload, self.attention)
+        return workload.attention_weights(self.tp, self.cards), workload.ffn_weights(everywhere, group)
+
+    def free_bytes(self, workload: Workload) -> float:
+        attention, ffn = self.weight_bytes(workload)
+        _beside(ffn, "FFN's", workload, self.ffn)
+        return _beside(attention, "attention's", workload, self.attention)
 
     def kv_bytes(self, workload: Workload) -> float:
         return workload.kv_bytes(self.tp)
@@ -193,9 +200,11 @@ class Collocated:
             total = total + count * np.maximum(on.link_s(num_bytes * within), crossing)
         return total
 
+    def weight_bytes(self, workload: Workload) -> tuple[float, float]:
+        return workload.attention_weights(self.tp, self.tp), workload.ffn_weights(self.num_cards, self.tp)
+
     def free_bytes(self, workload: Workload) -> float:
-        weights = workload.attention_weights(self.tp, self.tp) + workload.ffn_weights(self.num_cards, self.tp)
-        return _beside(weights, "model's", workload, self.card)
+        return _beside(sum(self.weight_bytes(workload)), "model's", workload, self.card)
 
     def kv_bytes(self, workload: Workload) -> float:
         return workload.kv_bytes(self.tp)

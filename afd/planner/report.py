@@ -42,7 +42,7 @@ def report(plan: Plan) -> Report:
     return Report(
         _title(plan.goal),
         verdict(plan).text,
-        [*tables, *([_stages(best)] if best else [])],
+        [*tables, *([_stages(best), _memory(best)] if best else [])],
         list(_notes(plan)),
     )
 
@@ -111,6 +111,27 @@ def _stages(options: Sequence[Option]) -> Table:
         rows.append([describe(option), *(f"{time:.0f} ({share:.0%})" for time, share in zip(times, busy, strict=True))])
     columns = ["deployment", "attention", "dispatch", "FFN", "combine"]
     return Table("µs per layer and microbatch (share of the TPOT)", columns, rows)
+
+
+def _memory(options: Sequence[Option]) -> Table:
+    columns = ["deployment", "attention's weights", "KV cache", "can be used", "FFN's weights", "can be used "]
+    return Table("GB on each card", columns, [*map(_memory_row, options)])
+
+
+def _memory_row(option: Option) -> list[str]:
+    found, deployment = option.estimate, option.deployment
+    attention, ffn = deployment.weight_bytes(found.workload)
+    kv = found.batch * deployment.microbatches * deployment.kv_bytes(found.workload)
+    row = [describe(option), _gigabytes(attention), _gigabytes(kv)]
+    if isinstance(deployment, Disaggregated):
+        usable = [found.workload.on(card).usable_bytes for card in (deployment.attention, deployment.ffn)]
+        return [*row, _gigabytes(usable[0]), _gigabytes(ffn), _gigabytes(usable[1])]
+    assert isinstance(deployment, Collocated)
+    return [*row, _gigabytes(found.workload.on(deployment.card).usable_bytes), _gigabytes(ffn), "the same"]
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f}"
 
 
 def _notes(plan: Plan) -> Iterator[str]:
