@@ -34,10 +34,20 @@ def test_the_live_context_is_that_of_the_samples(prompt: str, output: str) -> No
 def test_recorded_requests_are_drawn_in_pairs(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text(
-        '{"prompt_tokens": 5, "output_tokens": 50}\n\n{"prompt_tokens": 7, "output_tokens": 70, "at_s": 1}\n'
+        '{"prompt_tokens": 5, "output_tokens": 50}\n\n{"prompt_tokens": 7, "output_tokens": 70, "user": 1}\n'
     )
     prompts, outputs = read_lengths(file).sample(np.random.default_rng(0), 100)
     assert set(zip(prompts.tolist(), outputs.tolist(), strict=True)) == {(5, 50), (7, 70)}
+
+
+def test_recorded_requests_are_replayed_in_the_order_of_their_moments(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text(
+        '{"prompt_tokens": 5, "output_tokens": 50, "at_s": 2.5}\n{"prompt_tokens": 7, "output_tokens": 70, "at_s": 1}\n'
+    )
+    found = read_lengths(file)
+    assert found.at_s is not None
+    assert (found.at_s.tolist(), found.prompts.tolist(), found.outputs.tolist()) == ([1, 2.5], [7, 5], [70, 50])
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,13 @@ def test_what_is_no_length_is_refused(text: str) -> None:
         ('{"prompt_tokens": 5, "output_tokens": true}', "line 1"),
         ("[5, 1]", "line 1"),
         ("5 1", "line 1"),
+        (
+            '{"prompt_tokens": 5, "output_tokens": 1, "at_s": 1}\n{"prompt_tokens": 5, "output_tokens": 1}',
+            "line 2: at_s",
+        ),
+        ('{"prompt_tokens": 5, "output_tokens": 1, "at_s": -1}', "line 1: at_s"),
+        ('{"prompt_tokens": 5, "output_tokens": 1, "at_s": NaN}', "line 1: at_s"),
+        ('{"prompt_tokens": 5, "output_tokens": 1, "at_s": true}', "line 1: at_s"),
     ],
 )
 def test_a_file_that_has_no_lengths_is_refused(tmp_path: Path, content: str, sentence: str) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,10 +75,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Requests that there were, one after the other; drawn from again as often as is needed."""
+    """Requests that there were, one after the other; drawn from again as often as is needed. `at_s`: when they came, if
+    that is known."""
 
     prompts: Tokens
     outputs: Tokens
+    at_s: NDArray[np.float64] | None = None
 
     @property
     def prompt_tokens(self) -> float:
@@ -151,27 +153,48 @@ _KINDS: dict[str, Callable[..., Distribution]] = {
 
 
 def read_lengths(path: Path) -> Recorded:
-    """A file with a JSON object per line, `{"prompt_tokens": 812, "output_tokens": 93}`. Raises ConfigError, naming the
-    line."""
+    """A file with a JSON object per line, `{"prompt_tokens": 812, "output_tokens": 93}`; all of them may say when they
+    came, `"at_s": 3.25`, in seconds from the start. Raises ConfigError, naming the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-    pairs = [_pair(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
+    rows = [(number, _row(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise ConfigError(f"{path} has no requests")
-    prompts, outputs = np.array(pairs, np.int64).T
-    return Recorded(prompts, outputs)
+    pairs = [_pair(path, number, row) for number, row in rows]
+    if not any("at_s" in row for _, row in rows):
+        prompts, outputs = np.array(pairs, np.int64).T
+        return Recorded(prompts, outputs)
+    at_s = np.array([_moment(path, number, row) for number, row in rows])
+    order = np.argsort(at_s, kind="stable")
+    prompts, outputs = np.array(pairs, np.int64)[order].T
+    return Recorded(prompts, outputs, at_s[order])
 
 
-def _pair(path: Path, number: int, line: str) -> tuple[int, int]:
+def _row(path: Path, number: int, line: str) -> dict[str, object]:
     try:
         row = json.loads(line)
-        pair = row["prompt_tokens"], row["output_tokens"]
-    except (ValueError, TypeError, KeyError):
-        pair = (0, 0)
-    if not all(type(tokens) is int and 1 <= tokens <= _MOST_TOKENS for tokens in pair):
-        raise ConfigError(
-            f'{path}, line {number}: it is not {{"prompt_tokens": N, "output_tokens": N}} with whole numbers from 1 on'
-        )
-    return pair
+    except (ValueError, RecursionError):
+        row = None
+    return row if isinstance(row, dict) else _refuse(path, number)
+
+
+def _pair(path: Path, number: int, row: dict[str, object]) -> tuple[int, int]:
+    prompt, output = row.get("prompt_tokens"), row.get("output_tokens")
+    if not all(type(tokens) is int and 1 <= tokens <= _MOST_TOKENS for tokens in (prompt, output)):
+        _refuse(path, number)
+    return cast(int, prompt), cast(int, output)
+
+
+def _moment(path: Path, number: int, row: dict[str, object]) -> float:
+    at_s = row.get("at_s")
+    if type(at_s) not in (int, float) or not 0 <= cast(float, at_s) < 1e9:
+        raise ConfigError(f"{path}, line {number}: at_s is to be seconds from the start, in each line or in none")
+    return float(cast(float, at_s))
+
+
+def _refuse(path: Path, number: int) -> NoReturn:
+    raise ConfigError(
+        f'{path}, line {number}: it is not {{"prompt_tokens": N, "output_tokens": N}} with whole numbers from 1 on'
+    )

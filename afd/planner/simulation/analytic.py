@@ -1,0 +1,88 @@
+"""What the estimate says of a scenario: sequences, and the time per token that keeps so many of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from afd.errors import ConfigError
+from afd.planner.simulation.costs import Costs
+from afd.planner.simulation.scenario import Rate, Replay, Scenario, Streams
+from afd.planner.simulation.sequences import Ints
+from afd.planner.simulation.source import Sampled
+
+_ROUNDS = 1000
+_SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Expected:
+    """`saturated`: more comes than is decoded, and requests wait ever longer."""
+
+    sequences: float
+    tpot_s: float
+    saturated: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.sequences / self.tpot_s
+
+
+def under_way(lengths: Sampled, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Context and tokens to come of sequences that decode at some moment, long after the start: a long output is more
+    likely to be met by as much, and is met at any of its tokens."""
+    prompts, outputs = lengths.sample(rng, _SAMPLE)
+    met = rng.choice(len(outputs), size=count, p=outputs / outputs.sum())
+    prompts, outputs = prompts[met], outputs[met]
+    decoded = rng.integers(outputs)
+    return prompts + decoded, outputs - decoded
+
+
+def longest_tokens(scenario: Scenario, costs: Costs) -> int:
+    """Of a prompt with its output, as the model and the memory of a group of cards have it. Raises ConfigError if the
+    mean is longer."""
+    shape, lengths = scenario.workload.shape, scenario.lengths
+    tokens = np.arange(1, shape.max_context_tokens + 1)
+    longest = int(np.searchsorted(costs.kv_bytes(tokens), scenario.deployment.free_bytes(scenario.workload), "right"))
+    mean = lengths.prompt_tokens + lengths.output_tokens
+    shape.check_context(mean)
+    if mean > longest:
+        raise ConfigError(f"a request of {mean:g} tokens does not fit beside the weights: {longest} tokens do")
+    return longest
+
+
+def most_sequences(scenario: Scenario, costs: Costs) -> int:
+    """That the memory of all replicas holds in their whole length, or that are allowed."""
+    free = scenario.deployment.free_bytes(scenario.workload)
+    context, output = under_way(scenario.lengths, _SAMPLE, np.random.default_rng(0))
+    fit = max(1, int(free / costs.kv_bytes(context + output).mean()))
+    return min(fit, scenario.max_sequences or fit) * scenario.deployment.num_groups * scenario.units
+
+
+def expected(scenario: Scenario, most: int) -> Expected:
+    """With at most so many sequences. Raises ConfigError if the streams are more."""
+    arrivals = scenario.arrivals
+    if isinstance(arrivals, Streams):
+        if arrivals.count > most:
+            raise ConfigError(f"{arrivals.count} streams do not fit: {most} do, in all replicas together")
+        return Expected(arrivals.count, _tpot_s(scenario, arrivals.count), False)
+    per_s = arrivals.per_s if isinstance(arrivals, Rate) else _mean_rate(arrivals, scenario.seconds)
+    sequences = 0.0
+    for _ in range(_ROUNDS):
+        before, sequences = sequences, per_s * scenario.lengths.output_tokens * _tpot_s(scenario, sequences)
+        if sequences >= most:
+            return Expected(most, _tpot_s(scenario, most), True)
+        if sequences - before < 1e-6 * sequences:
+            break
+    return Expected(sequences, _tpot_s(scenario, sequences), False)
+
+
+def _mean_rate(replay: Replay, seconds: float) -> float:
+    return float(np.count_nonzero(replay.at_s < seconds)) / seconds
+
+
+def _tpot_s(scenario: Scenario, sequences: float) -> float:
+    deployment = scenario.deployment
+    batch = sequences / (scenario.units * deployment.num_groups * deployment.microbatches)
+    return float(deployment.stages(scenario.workload, batch).tpot_s(deployment.microbatches))
