@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from afd.cli import app
 from afd.errors import ConfigError
 from afd.planner.accelerators import load_accelerators
 from afd.planner.deployment import Collocated, Disaggregated, Experts
@@ -61,7 +66,7 @@ DEPLOYMENTS = [
 def test_with_nothing_in_its_way_it_is_the_estimate(deployment: Disaggregated | Collocated, each: int) -> None:
     """Of sequences that are always so many, hardly and well filling the cards."""
     streams = each * deployment.num_groups * deployment.microbatches
-    found = run(deployment, Streams(streams), seconds=1.5)
+    found = run(deployment, Streams(streams), seconds=1)
     agree(found)
     whole(found)
 
@@ -88,6 +93,16 @@ def recorded(count: int, seconds: float) -> Replay:
     return Replay(Recorded(*SHORT.sample(rng, count), np.sort(rng.uniform(0, seconds, count))))
 
 
+@pytest.mark.parametrize(("deployment", "per_s"), [(Disaggregated(H800, H800, 2, 2), 40), (Collocated(H800, 32), 150)])
+def test_with_prompts_on_the_same_cards_it_is_the_estimate_too(
+    deployment: Disaggregated | Collocated, per_s: float
+) -> None:
+    lengths = Drawn(distribution("1000"), distribution("geometric:200"))
+    found = run(deployment, Rate(per_s), lengths=lengths, prefill_chunk=512, seconds=10)
+    assert found.tpot_s.mean == pytest.approx(found.expected.tpot_s, rel=0.05)
+    whole(found)
+
+
 def test_littles_law_holds() -> None:
     """What is there in the mean is what came, times how long each stayed."""
     found = run(arrivals=recorded(500, 3), seconds=20, prefill_chunk=256)
@@ -107,7 +122,7 @@ def test_littles_law_holds() -> None:
     ],
 )
 def test_each_token_is_decoded_once_whatever_fails_and_is_scaled(settings: dict[str, object]) -> None:
-    replay = recorded(300, 4)
+    replay = recorded(200, 4)
     conditions = Conditions(
         jitter=0.2,
         stragglers=0.2,
@@ -115,10 +130,10 @@ def test_each_token_is_decoded_once_whatever_fails_and_is_scaled(settings: dict[
         repair_s=1,
         scaling=(Scaling(1, 5), Scaling(2, 1), Scaling(3, 2)),
     )
-    found = run(**{"arrivals": replay, "units": 3, "seconds": 40, "conditions": conditions, **settings})
+    found = run(**{"arrivals": replay, "units": 3, "seconds": 25, "conditions": conditions, **settings})
     assert found.counts.attention_failures > 5
     assert found.counts.sequences_resumed > 0
-    assert found.counts.requests_finished == found.counts.requests_arrived == 300
+    assert found.counts.requests_finished == found.counts.requests_arrived == 200
     assert found.counts.tokens_decoded == found.counts.tokens_arrived == replay.requests.outputs.sum()
     assert found.waiting < found.most_waiting
 
@@ -247,3 +262,50 @@ def test_what_is_longer_than_a_model_takes_is_cut() -> None:
     lengths = Recorded(np.array([70_000, 100]), np.array([10, 70_000]), np.array([0.0, 0.0]))
     found = run(arrivals=Replay(lengths), lengths=SHORT, seconds=0.1)
     assert found.counts.tokens_arrived == 1 + (65_536 - 100)
+
+
+SIMULATE = ("plan", "simulate", "--model", "step-3", "--card", "H800", "--deployment", "2A2F", "--seconds", "2")
+
+
+def test_the_command_says_it_beside_the_estimate_and_draws_it(tmp_path: Path) -> None:
+    conditions = ("--failures", "10", "--scale", "1s:3", "--jitter", "0.1", "--stragglers", "0.1")
+    written = tmp_path / "numbers.json"
+    ran = CliRunner().invoke(
+        app,
+        [*SIMULATE, "--streams", "4000", *conditions, "--json", str(written), "--pictures", str(tmp_path)],
+        catch_exceptions=False,
+    )
+    assert ran.exit_code == 0
+    for shown in ("2A2F: 2 s simulated", "TPOT p50, p99", "attention replicas were lost", "knows nothing of scaling"):
+        assert shown in " ".join(ran.output.split())
+    numbers = json.loads(written.read_text())
+    assert numbers["tokens_per_s"] * 2 == numbers["counts"]["tokens_decoded"]
+    assert len(numbers["series"]) == 2
+    assert "<svg" in (tmp_path / "simulation.svg").read_text()
+
+
+def test_recorded_requests_are_replayed(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(f'{{"prompt_tokens": 50, "output_tokens": 9, "at_s": {n / 50}}}' for n in range(40)))
+    ran = CliRunner().invoke(app, [*SIMULATE, "--lengths", str(file)], catch_exceptions=False)
+    assert "40 requests" in ran.output
+    assert "40 are finished" in " ".join(ran.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--deployment", "2A2G", "--streams", "9"), "'2A2G' is no deployment"),
+        (("--deployment", "0A2F", "--streams", "9"), "'0A2F' is no deployment"),
+        (("--deployment", "EP64", "--ffn-card", "H20", "--streams", "9"), "on the same cards"),
+        (("--streams", "9", "--rate", "9"), "do not go together"),
+        ((), "give --rate, or --streams"),
+        (("--streams", "9", "--cards", "0"), "--cards 0 is not within"),
+        (("--streams", "9", "--microbatches", "0"), "--microbatches 0 is not within"),
+        (("--streams", "9", "--scale", ""), "'' is no scaling"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    ran = CliRunner().invoke(app, [*SIMULATE, *arguments])
+    assert isinstance(ran.exception, ConfigError)
+    assert sentence in str(ran.exception)

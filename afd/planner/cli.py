@@ -27,6 +27,7 @@ from afd.planner.question import Width
 from afd.planner.report import Report, as_html, as_json, report
 from afd.planner.search import Choices, Goal, Plan, plan
 from afd.planner.shape import load_shape, shipped
+from afd.planner.simulation.command import simulate_deployment
 from afd.planner.stages import Prefill
 from afd.planner.verdict import Choice, verdict
 
@@ -308,3 +309,6 @@ def list_models(
     console.print(listing.models_table(shapes))
     if json_file:
         write_json(json_file, [listing.model_numbers(shape) for shape in shapes])
+
+
+app.command(name="simulate")(simulate_deployment)

@@ -38,20 +38,27 @@ _TOKENS = [2**power for power in range(10, 17)]
 
 def draw_paper(folder: Path) -> list[Path]:
     """Writes each figure twice, and says where. Raises ConfigError if the folder cannot be written."""
+    return [
+        path for draw in _FIGURES for path in save(folder, draw.__name__.strip("_").replace("_", "-"), _drawn(draw))
+    ]
+
+
+def save(folder: Path, name: str, figure: Figure) -> list[Path]:
+    """As SVG and as PNG. Raises ConfigError if the folder cannot be written."""
+    paths = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [path for draw in _FIGURES for path in _save(folder, draw)]
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
+    return paths
 
 
-def _save(folder: Path, draw: Callable[[Axes], None]) -> list[Path]:
+def _drawn(draw: Callable[[Axes], None]) -> Figure:
     figure = Figure(figsize=(8.5, 5))
     draw(figure.subplots())
-    paths = [folder / f"{draw.__name__.strip('_').replace('_', '-')}.{kind}" for kind in ("svg", "png")]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
+    return figure
 
 
 def _cost_against_context(axes: Axes) -> None:

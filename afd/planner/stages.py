@@ -64,8 +64,8 @@ class Prefill:
     """Prompt tokens that are computed with each decoded one, and the context that they follow in the mean. None of them
     where prompts are prefilled elsewhere."""
 
-    tokens: float = 0.0
-    context: float = 0.0
+    tokens: Amount = 0.0
+    context: Amount = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from afd.planner.simulation.costs import Costs
 from afd.planner.simulation.scenario import Rate, Replay, Scenario, Streams
 from afd.planner.simulation.sequences import Ints
 from afd.planner.simulation.source import Sampled
+from afd.planner.stages import Prefill
 
 _ROUNDS = 1000
 _SAMPLE = 1 << 16
@@ -83,6 +84,9 @@ def _mean_rate(replay: Replay, seconds: float) -> float:
 
 
 def _tpot_s(scenario: Scenario, sequences: float) -> float:
-    deployment = scenario.deployment
+    deployment, lengths = scenario.deployment, scenario.lengths
     batch = sequences / (scenario.units * deployment.num_groups * deployment.microbatches)
-    return float(deployment.stages(scenario.workload, batch).tpot_s(deployment.microbatches))
+    prompt = lengths.prompt_tokens
+    prefill = Prefill(prompt / lengths.output_tokens, prompt / 2) if scenario.prefill_chunk else Prefill()
+    workload = replace(scenario.workload, prefill=prefill)
+    return float(deployment.stages(workload, batch).tpot_s(deployment.microbatches))

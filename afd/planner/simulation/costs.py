@@ -12,7 +12,7 @@ from afd.planner.deployment import Collocated, Disaggregated
 from afd.planner.layers import Amount
 from afd.planner.simulation.pipeline import StageTimes
 from afd.planner.simulation.scenario import Scenario
-from afd.planner.stages import Stages, Workload, attention_s
+from afd.planner.stages import Prefill, Stages, Workload, attention_s
 
 Array = NDArray[np.float64]
 Units = NDArray[np.intp]
@@ -20,15 +20,23 @@ Busy = dict[str, Array]
 
 STAGES = ("attention", "dispatch", "FFN", "combine")
 
+_HARDLY_ANY = 1e-6  # of sequences that decode, where prompts are counted by each of them
+
 
 @dataclass(frozen=True)
 class Load:
-    """Of each microbatch and attention replica, [m, x, units]: tokens that are computed; the contexts that they see,
-    and those that are read, since tokens of one prompt read the same; both summed up."""
+    """Of each microbatch and attention replica, [m, x, units]: sequences that decode, and their contexts summed up;
+    tokens of prompts, and the contexts that those follow."""
 
-    tokens: Array
-    seen: Array
-    read: Array
+    decoding: Array
+    context: Array
+    prompt: Array
+    prompt_context: Array
+
+    @property
+    def tokens(self) -> Array:
+        """That are computed."""
+        return self.decoding + self.prompt
 
 
 class Costs:
@@ -84,24 +92,23 @@ class Costs:
         scenario = self._scenario
         deployment, shape = scenario.deployment, layer.shape
         parts = deployment.microbatches if scenario.shared else 1
-        each = load.tokens / (parts * scenario.groups)
-        context = load.seen / np.maximum(load.tokens, 1)
-        caches = each * load.read / np.maximum(load.seen, 1)
+        share = 1 / (parts * scenario.groups)
+        decoding = np.maximum(load.decoding, _HARDLY_ANY)
         attention = attention_s(
             shape.layers[0][0],
             shape.hidden_size,
-            each,
-            context,
+            decoding * share,
+            load.context / decoding,
             layer.precision,
             deployment.tp,
             layer.on(_attention_card(deployment)),
-            caches,
+            Prefill(load.prompt / decoding, load.prompt_context / np.maximum(load.prompt, 1)),
         )
-        mean = each.mean(axis=1)
+        mean = load.tokens.mean(axis=1) * share
         others = deployment.stages(layer, mean[:, None] if scenario.shared else mean)
         return replace(others, attention=attention)
 
-    def kv_bytes(self, tokens: NDArray[np.int64]) -> Array:
+    def kv_bytes(self, tokens: NDArray[np.int64] | Array) -> Array:
         """Of a sequence of so many tokens, on each card of its group."""
         scenario = self._scenario
         element_bytes = scenario.workload.precision.kv

@@ -62,7 +62,7 @@ class AttentionReplicas:
     def kv_use(self) -> Floats:
         """The share of each one's memory that is written."""
         count = np.maximum(self.sequences, 1)
-        written = self.load().read.sum(axis=0)
+        written = sum(part.context for part in self.decoding) + sum(part.written for part in self.prefilling)
         return count * self._costs.kv_bytes(written / count) / self._capacity
 
     def begin(self, j: int, rows: Ints, context: Ints, output: Ints) -> None:
@@ -90,13 +90,12 @@ class AttentionReplicas:
 
     def load(self) -> Load:
         """Of all rows, [m, rows]."""
-        tokens, context = (
-            np.array(part, float) for part in zip(*((d.count, d.context) for d in self.decoding), strict=True)
-        )
+        decoding = np.array([part.count for part in self.decoding], float)
+        context = np.array([part.context for part in self.decoding], float)
         if not self.prefilling:
-            return Load(tokens, context, context)
-        chunks, seen, read = np.array([part.load() for part in self.prefilling]).transpose(1, 0, 2)
-        return Load(tokens + chunks, context + seen, context + read)
+            return Load(decoding, context, none := np.zeros_like(context), none)
+        prompt, prompt_context = np.array([part.load() for part in self.prefilling]).swapaxes(0, 1)
+        return Load(decoding, context, prompt, prompt_context)
 
     def settle(self, j: int, turn: Ints) -> Settled:
         decoding = self.decoding[j]

@@ -135,7 +135,7 @@ class Run:
     def _load(self, units: Units) -> Load:
         load = self.replicas.load()
         shape = (self.scenario.turns, self.x, self.units)
-        return Load(*(part.reshape(shape)[:, :, units] for part in (load.tokens, load.seen, load.read)))
+        return Load(*(part.reshape(shape)[:, :, units] for part in vars(load).values()))
 
     def _settle(self, settled: Settled, continued: Ints, before: Floats, after: Floats) -> None:
         """Of a microbatch, whose steps went from `before` to `after` [units]; `continued` [rows] had tokens before."""

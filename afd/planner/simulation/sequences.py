@@ -179,11 +179,15 @@ class Prefilling:
     def tokens_to_come(self) -> int:
         return int(self._requests.output[self._last != _FREE].sum())
 
-    def load(self) -> tuple[Floats, Floats, Floats]:
-        """Of a turn, by rows: tokens, contexts that they see, and those that are read; half the prompt in the mean."""
+    def load(self) -> tuple[Floats, Floats]:
+        """Of a turn, by rows: tokens, and the contexts that they follow, half their prompts in the mean, summed up."""
         tokens = np.where(self._last != _FREE, self._tokens, 0.0)
-        half = self._requests.context / 2
-        return tokens.sum(axis=1), (tokens * half).sum(axis=1), np.where(tokens > 0, half, 0.0).sum(axis=1)
+        return tokens.sum(axis=1), (tokens * self._requests.context / 2).sum(axis=1)
+
+    @property
+    def written(self) -> Floats:
+        """Contexts by rows: half their prompts in the mean."""
+        return np.asarray(np.where(self._last != _FREE, self._requests.context / 2, 0.0).sum(axis=1))
 
     def finish(self, turn: Ints) -> tuple[Ints, Requests]:
         """After `turn` [rows], or NO_TURN: rows of those whose prompt is through, in order, and their requests."""
