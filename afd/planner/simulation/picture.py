@@ -35,7 +35,7 @@ def draw_simulation(folder: Path, found: Simulated, scenario: Scenario) -> list[
     _mark(rows, found)
     rows[-1].set(xlabel="simulated seconds", xlim=(0, scenario.seconds))
     rows[0].legend(frameon=False, ncols=3, loc="lower right", fontsize=9)
-    return save(folder, "simulation", figure)
+    return save(folder, "plan-simulation", figure)
 
 
 def _mark(rows: list[Axes], found: Simulated) -> None:

@@ -31,9 +31,9 @@ def notes(found: Simulated, scenario: Scenario) -> Iterator[str]:
     )
     if counts.attention_failures or counts.ffn_failures:
         yield (
-            f"{counts.attention_failures} attention replicas were lost: {counts.sequences_resumed} sequences went on "
-            f"elsewhere, {counts.tokens_prefilled_again} tokens were prefilled again. {counts.ffn_failures} of the FFN "
-            f"were lost, and stopped their unit for {scenario.conditions.failover_s:g} s each."
+            f"Attention replicas lost: {counts.attention_failures}, whose {counts.sequences_resumed} sequences went on "
+            f"elsewhere, {counts.tokens_prefilled_again} tokens prefilled again. FFN replicas lost: "
+            f"{counts.ffn_failures}, each a stop of {scenario.conditions.failover_s:g} s for its unit."
         )
 
 
