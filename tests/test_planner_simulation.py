@@ -15,6 +15,8 @@ from afd.planner.cli import app
 from afd.planner.deployment import Collocated, Disaggregated, Experts
 from afd.planner.shape import load_shape
 from afd.planner.simulation import Conditions, Rate, Replay, Scaling, Scenario, Simulated, Streams, simulate
+from afd.planner.simulation.outcome import Times
+from afd.planner.simulation.report import notes
 from afd.planner.simulation.router import least_loaded
 from afd.planner.simulation.scenario import scaling
 from afd.planner.stages import Workload
@@ -80,7 +82,7 @@ def test_at_a_rate_that_is_kept_up_with_it_is_the_estimate() -> None:
 
 
 def test_requests_that_come_faster_than_they_are_decoded_wait_ever_longer() -> None:
-    found = run(arrivals=Rate(300), max_sequences=30, seconds=10)
+    found = run(arrivals=Rate(100), max_sequences=30, seconds=10)
     assert found.expected.saturated
     agree(found, within=0.1)
     waiting = [second.waiting for second in found.series]
@@ -231,6 +233,7 @@ def test_requests_go_to_who_has_least_to_do() -> None:
     [
         ({"arrivals": lambda: Rate(-1)}, "a rate of -1 requests per second"),
         ({"arrivals": lambda: Rate(float("nan"))}, "a rate of nan"),
+        ({"arrivals": Rate(1e6)}, r"1e\+06 requests per second are far more than the [0-9.]+ that can be decoded"),
         ({"arrivals": lambda: Streams(0)}, "0 streams are none"),
         ({"arrivals": lambda: Streams(1_000_000)}, "1000000 streams do not fit: [0-9]+ do"),
         ({"arrivals": lambda: Replay(Recorded(np.ones(1), np.ones(1)))}, 'without "at_s" cannot be replayed'),
@@ -250,6 +253,7 @@ def test_requests_go_to_who_has_least_to_do() -> None:
         ({"conditions": lambda: Conditions(mean_time_between_failures_s=0)}, "0 s between failures"),
         ({"conditions": lambda: Conditions(repair_s=-1)}, "a repair of -1 s"),
         ({"lengths": Drawn(distribution("60000"), distribution("6000"))}, r"66000 tokens is not within 1\.\.65536"),
+        ({"lengths": Drawn(distribution("100"), distribution("lognormal:500,3"))}, r"is not within 1\.\.65536"),
         ({"deployment": Disaggregated(H800, load_accelerators()["L4"], 1, 1)}, "FFN's weights are"),
     ],
 )
@@ -288,8 +292,7 @@ def test_recorded_requests_are_replayed(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join(f'{{"prompt_tokens": 50, "output_tokens": 9, "at_s": {n / 50}}}' for n in range(40)))
     ran = CliRunner().invoke(app, [*SIMULATE, "--lengths", str(file)], catch_exceptions=False)
-    assert "40 requests" in ran.output
-    assert "40 of them are finished" in " ".join(ran.output.split())
+    assert "at the start: 40; finished: 40." in " ".join(ran.output.split())
 
 
 @pytest.mark.parametrize(
@@ -309,3 +312,21 @@ def test_nonsense_on_the_command_line_is_one_sentence(arguments: tuple[str, ...]
     ran = CliRunner().invoke(app, [*SIMULATE, *arguments])
     assert isinstance(ran.exception, ConfigError)
     assert sentence in str(ran.exception)
+
+
+def test_a_minute_without_requests_has_no_times() -> None:
+    replay = Replay(Recorded(np.array([100]), np.array([100]), np.array([9.0])))
+    found = run(arrivals=replay, lengths=SHORT, seconds=1)
+    assert (found.tpot_s, found.ttft_s) == (Times(None, None, None), Times(None, None, None))
+    assert found.tokens_per_s == 0
+
+
+def test_layers_of_several_kinds_are_named_where_they_are_the_reason() -> None:
+    """Llama 4's are dense or MoE, and see a chunk or everything; the formula has the sum of each stage."""
+    shape, lengths = load_shape("llama-4-maverick"), Drawn(distribution("3800"), distribution("geometric:500"))
+    mixed = Scenario(
+        Disaggregated(H800, H800, 4, 4), Workload(shape, lengths.live_context), lengths, Streams(300), seconds=1.0
+    )
+    found = simulate(mixed)
+    assert found.tpot_s.mean > 1.1 * found.expected.tpot_s
+    assert "layers of several kinds" in next(notes(found, mixed))

@@ -14,6 +14,7 @@ from afd.planner.simulation.source import Sampled
 from afd.planner.stages import Prefill
 
 _ROUNDS = 1000
+_OVERLOAD = 10  # more than that would only fill the memory with requests that wait
 _SAMPLE = 1 << 16
 
 
@@ -47,7 +48,7 @@ def longest_tokens(scenario: Scenario, costs: Costs) -> int:
     tokens = np.arange(1, shape.max_context_tokens + 1)
     longest = int(np.searchsorted(costs.kv_bytes(tokens), scenario.deployment.free_bytes(scenario.workload), "right"))
     mean = lengths.prompt_tokens + lengths.output_tokens
-    shape.check_context(mean)
+    shape.check_context(max(mean, scenario.workload.context))
     if mean > longest:
         raise ConfigError(f"a request of {mean:g} tokens does not fit beside the weights: {longest} tokens do")
     return longest
@@ -73,10 +74,18 @@ def expected(scenario: Scenario, most: int) -> Expected:
     for _ in range(_ROUNDS):
         before, sequences = sequences, per_s * scenario.lengths.output_tokens * _tpot_s(scenario, sequences)
         if sequences >= most:
-            return Expected(most, _tpot_s(scenario, most), True)
+            return _saturated(scenario, most, per_s)
         if sequences - before < 1e-6 * sequences:
             break
     return Expected(sequences, _tpot_s(scenario, sequences), False)
+
+
+def _saturated(scenario: Scenario, most: int, per_s: float) -> Expected:
+    found = Expected(most, _tpot_s(scenario, most), True)
+    kept_up = found.tokens_per_s / scenario.lengths.output_tokens
+    if per_s > _OVERLOAD * kept_up:
+        raise ConfigError(f"{per_s:g} requests per second are far more than the {kept_up:.3g} that can be decoded")
+    return found
 
 
 def _mean_rate(replay: Replay, seconds: float) -> float:

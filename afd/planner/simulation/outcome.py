@@ -14,11 +14,11 @@ from afd.planner.simulation.tally import Durations, Floats, Samples, Sum
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds."""
+    """Seconds; None if there was nothing to measure."""
 
-    mean: float
-    p50: float
-    p99: float
+    mean: float | None
+    p50: float | None
+    p99: float | None
 
     @staticmethod
     def of(durations: Durations) -> Times:

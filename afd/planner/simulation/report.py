@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from rich.table import Table
 
 from afd.planner.paper_tables import titled
-from afd.planner.simulation.outcome import Simulated
+from afd.planner.simulation.outcome import Simulated, Times
 from afd.planner.simulation.scenario import Replay, Scenario
 
 _CLOSE = 0.05
@@ -25,16 +26,16 @@ def notes(found: Simulated, scenario: Scenario) -> Iterator[str]:
     """Why it is not the estimate, and what happened."""
     counts = found.counts
     yield _why(found, scenario)
-    yield (
-        f"{counts.requests_arrived} requests, with those under way at the start; {counts.requests_finished} of them "
-        "are finished."
-    )
-    if counts.attention_failures or counts.ffn_failures:
+    came, finished = counts.requests_arrived, counts.requests_finished
+    yield f"Requests, with those under way at the start: {came}; finished: {finished}."
+    if counts.attention_failures:
         yield (
             f"Attention replicas lost: {counts.attention_failures}, whose {counts.sequences_resumed} sequences went on "
-            f"elsewhere, {counts.tokens_prefilled_again} tokens prefilled again. FFN replicas lost: "
-            f"{counts.ffn_failures}, each a stop of {scenario.conditions.failover_s:g} s for its unit."
+            f"elsewhere, {counts.tokens_prefilled_again} tokens prefilled again."
         )
+    if counts.ffn_failures:
+        stop_s = scenario.conditions.failover_s
+        yield f"FFN replicas lost: {counts.ffn_failures}, each a stop of {stop_s:g} s for its unit."
 
 
 def as_json(found: Simulated) -> dict[str, object]:
@@ -43,29 +44,35 @@ def as_json(found: Simulated) -> dict[str, object]:
 
 
 def _beside_the_estimate(title: str, found: Simulated, scenario: Scenario) -> Table:
-    table, expected = titled(title, "", "simulated", "estimate", "difference"), found.expected
-
-    def both(name: str, form: str, simulated: float, estimate: float) -> None:
-        off = f"{simulated / estimate - 1:+.1%}" if estimate else ""
-        table.add_row(name, form.format(simulated), form.format(estimate), off)
-
-    both("tokens/s", "{:.0f}", found.tokens_per_s, expected.tokens_per_s)
-    both("tokens/s per card", "{:.0f}", found.tokens_per_s_per_card, _estimate_per_card(found, scenario))
-    both("sequences at once", "{:.0f}", found.sequences, expected.sequences)
-    both("TPOT, ms", "{:.1f}", found.tpot_s.mean * 1e3, expected.tpot_s * 1e3)
-    table.add_row("TPOT p50, p99, ms", _milliseconds(found.tpot_s.p50, found.tpot_s.p99))
-    table.add_row("TTFT p50, p99, ms", _milliseconds(found.ttft_s.p50, found.ttft_s.p99))
+    table = titled(title, "", "simulated", "estimate", "difference")
+    for name, form, simulated, estimate in _both(found, scenario):
+        off = f"{simulated / estimate - 1:+.1%}" if simulated is not None and estimate else ""
+        table.add_row(name, _shown(simulated, form), form.format(estimate), off)
+    table.add_row("TPOT p50, p99, ms", _milliseconds(found.tpot_s))
+    table.add_row("TTFT p50, p99, ms", _milliseconds(found.ttft_s))
     table.add_row("requests that wait, at most", f"{found.waiting:.0f}, {found.most_waiting}")
     table.add_row("memory for the KV cache in use, at most", f"{found.kv_use:.0%}, {found.most_kv_use:.0%}")
     return table
 
 
-def _estimate_per_card(found: Simulated, scenario: Scenario) -> float:
-    return found.expected.tokens_per_s / (scenario.units * scenario.deployment.num_cards)
+def _both(found: Simulated, scenario: Scenario) -> list[tuple[str, str, float | None, float]]:
+    """What there is of simulation and estimate: its name, how it is written, and the two."""
+    expected, tpot_s = found.expected, found.tpot_s.mean
+    per_card = expected.tokens_per_s / (scenario.units * scenario.deployment.num_cards)
+    return [
+        ("tokens/s", "{:.0f}", found.tokens_per_s, expected.tokens_per_s),
+        ("tokens/s per card", "{:.0f}", found.tokens_per_s_per_card, per_card),
+        ("sequences at once", "{:.0f}", found.sequences, expected.sequences),
+        ("TPOT, ms", "{:.1f}", None if tpot_s is None else tpot_s * 1e3, expected.tpot_s * 1e3),
+    ]
 
 
-def _milliseconds(*seconds: float) -> str:
-    return ", ".join(f"{each * 1e3:.1f}" for each in seconds)
+def _milliseconds(times: Times) -> str:
+    return ", ".join(_shown(each and each * 1e3, "{:.1f}") for each in (times.p50, times.p99))
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "none" if value is None else form.format(value)
 
 
 def _stages(found: Simulated) -> Table:
@@ -76,27 +83,29 @@ def _stages(found: Simulated) -> Table:
 
 
 def _why(found: Simulated, scenario: Scenario) -> str:
-    expected = found.expected
-    pairs = (
-        (found.tpot_s.mean, expected.tpot_s),
-        (found.tokens_per_s, expected.tokens_per_s),
-        (found.tokens_per_s_per_card, _estimate_per_card(found, scenario)),
-    )
+    pairs = [(simulated or 0.0, estimate) for _, _, simulated, estimate in _both(found, scenario)]
     if all(abs(simulated - estimate) <= _CLOSE * estimate for simulated, estimate in pairs):
         return "Simulation and estimate agree within 5 %."
-    causes = [cause for holds, cause in _CAUSES if holds(found, scenario)]
-    return f"The estimate knows nothing of {', '.join(causes) or 'batches that are ragged and partly empty'}."
+    return f"The estimate knows nothing of {', '.join(_causes(found, scenario))}."
 
 
-_CAUSES: tuple[tuple[Callable[[Simulated, Scenario], bool], str], ...] = (
-    (lambda found, scenario: bool(found.expected.saturated), "requests that come faster than they are decoded"),
-    (lambda found, scenario: isinstance(scenario.arrivals, Replay), "a start without sequences and an uneven rate"),
-    (lambda found, scenario: bool(scenario.conditions.scaling), "scaling"),
-    (lambda found, scenario: found.counts.attention_failures + found.counts.ffn_failures > 0, "failures"),
-    (lambda found, scenario: scenario.conditions.stragglers > 0, "stragglers"),
-    (lambda found, scenario: scenario.conditions.jitter > 0, "jitter, where everybody waits for the slowest"),
-    (
-        lambda found, scenario: scenario.prefill_chunk is not None,
-        "chunks of prompts that some steps have and others not",
-    ),
-)
+def _causes(found: Simulated, scenario: Scenario) -> list[str]:
+    """What may be one."""
+    conditions, counts = scenario.conditions, found.counts
+    causes = {
+        "requests that come faster than they are decoded": found.expected.saturated,
+        "a start without sequences and an uneven rate": isinstance(scenario.arrivals, Replay),
+        "scaling": bool(conditions.scaling),
+        "failures": counts.attention_failures + counts.ffn_failures > 0,
+        "stragglers": conditions.stragglers > 0,
+        "jitter, where everybody waits for the slowest": conditions.jitter > 0,
+        "chunks of prompts that some steps have and others not": scenario.prefill_chunk is not None,
+        "layers of several kinds, each slow in another stage": _mixed(scenario),
+    }
+    return [cause for cause, holds in causes.items() if holds] or ["batches that are ragged and partly empty"]
+
+
+def _mixed(scenario: Scenario) -> bool:
+    """A tenth of the layers or more are not of the most common kind."""
+    layers = scenario.workload.shape.layers
+    return Counter(layers).most_common(1)[0][1] <= 0.9 * len(layers)

@@ -27,14 +27,12 @@ class Durations:
         return float(self._bins.sum())
 
     @property
-    def mean(self) -> float:
-        """NaN of none."""
-        return self._sum / self.count if self.count else float("nan")
+    def mean(self) -> float | None:
+        return self._sum / self.count if self.count else None
 
-    def percentile(self, percent: float) -> float:
-        """NaN of none."""
+    def percentile(self, percent: float) -> float | None:
         if not self.count:
-            return float("nan")
+            return None
         reached = int(np.searchsorted(np.cumsum(self._bins), percent / 100 * self.count))
         return float(_LEAST_S * np.exp((min(reached, _BINS - 1) + 0.5) * _STEP))
 
