@@ -370,7 +370,7 @@ def test_a_plan_that_nothing_keeps_ends_with_status_3() -> None:
     [
         (("--card", "H800"), "name the model"),
         (("--model", "step-3"), "name the cards"),
-        (("--model", "step-3", "--attention-card", "H20"), "name the cards"),
+        (("--model", "step-3", "--attention-card", "H20"), "name cards for both parts"),
         (("--model", "step-4", "--card", "H800"), "there is no model step-4"),
         (("--model", "step-3", "--card", "B100"), "there is no card 'B100'"),
         ((*SMALL_PLAN, "--context", "70000"), "not within 1..65536"),

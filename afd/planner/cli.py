@@ -81,7 +81,9 @@ def plan_deployment(
         list[str] | None, typer.Option(help="another efficiency than the stated one, like memory=0.7; repeat it")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="also write the report with pictures to this HTML file")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="also write its pictures into this folder, as SVG")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="also draw its pictures into this folder, as SVG and PNG")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write every number to this file")] = None,
     measured: Annotated[
         list[Path] | None,
@@ -126,7 +128,10 @@ def plan_deployment(
         }
         others = {name: option for name, option in given.items() if name not in mesh}
         _refuse(others, "says nothing beside --measured, which predicts the mesh that was measured: leave it out")
-        contexts = [question.within("--context", round(live_context), 1, 1 << 24)] if live_context is not None else []
+        most = load_shape(model).max_context_tokens
+        contexts = [question.within("--context", round(live_context), 1, most)] if live_context is not None else []
+        for number in microbatches or ():
+            question.within("--microbatches", number, 1, 16)
         _predict(
             measured, model, (attention or (), ffn or ()), microbatches or (), streams or (), contexts, cores, json_file
         )
@@ -140,8 +145,13 @@ def plan_deployment(
         raise ConfigError("--context follows from the lengths of prompts and outputs: leave one of them out")
     if asked is None and (rate is not None or ttft_ms is not None):
         raise ConfigError("--rate and --ttft-ms need the lengths of requests: --prompt and --output, or --lengths")
+    shape = load_shape(model)
+    if asked is not None and (longest := asked.prompt_tokens + asked.output_tokens) > shape.max_context_tokens:
+        raise ConfigError(
+            f"requests of {longest:.0f} tokens in the mean are over {model}'s limit, {shape.max_context_tokens}"
+        )
     goal = Goal(
-        load_shape(model),
+        shape,
         asked.live_context if asked else live_context if live_context is not None else _CONTEXT,
         question.positive("--tpot-ms", tpot_ms) / 1e3,
         question.positive("--ttft-ms", ttft_ms) / 1e3 if ttft_ms is not None else None,
@@ -167,11 +177,8 @@ def plan_deployment(
     _print_report(report(found))
     if json_file:
         write_json(json_file, as_json(found))
-    if html:
-        _write(html, as_html(report(found), list(_pictures(found).values())))
-    if pictures:
-        for name, (_, svg) in _pictures(found).items():
-            _write(pictures / f"{name}.svg", svg)
+    if html or pictures:
+        _draw(found, html, pictures)
     if verdict(found).choice is Choice.nothing:
         raise typer.Exit(NOTHING_STATUS)
 
@@ -226,19 +233,19 @@ def _print_report(found: Report) -> None:
         console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
 
 
-def _write(path: Path, text: str) -> None:
-    write_text(path, text)
-    console.print(f"{path}", highlight=False)
-
-
-def _pictures(found: Plan) -> dict[str, tuple[str, str]]:
-    """Titles and SVG, by name."""
+def _draw(found: Plan, html: Path | None, folder: Path | None) -> None:
+    from afd.planner.drawing import as_svg, save
     from afd.planner.plan_pictures import pareto, timeline
 
-    pictures = {"plan-pareto": ("What a longer TPOT buys", pareto(found))}
+    drawn = {"plan-pareto": ("What a longer TPOT buys", pareto(found))}
     if found.disaggregated.best:
-        pictures["plan-timeline"] = ("How the parts work at the same time", timeline(found.disaggregated.best))
-    return pictures
+        drawn["plan-timeline"] = ("How the parts work at the same time", timeline(found.disaggregated.best))
+    written = [path for name, (_, figure) in drawn.items() if folder for path in save(folder, name, figure)]
+    if html:
+        write_text(html, as_html(report(found), [(title, as_svg(figure)) for title, figure in drawn.values()]))
+        written.append(html)
+    for path in written:
+        console.print(f"{path}", highlight=False)
 
 
 @app.command(name="paper")

@@ -113,8 +113,7 @@ class Disaggregated:
         multiplying = expert_parallel_s(ffn, num_tokens, self.num_ffn * self.cards, 1, precision, on)
         copies = num_tokens * (ffn.top_k if ffn.is_moe else 0) / (self.num_ffn * self.cards)
         moved = (self.cards - 1) / self.cards * copies * ffn.hidden_size * (precision.dispatch + precision.combine)
-        slower: Amount = np.maximum(multiplying, on.link_s(moved))
-        return slower
+        return on.moving_s(moved, multiplying)
 
     def _crossing_s(self, workload: Workload, num_tokens: Amount, element_bytes: float) -> Amount:
         """One way, all layers: an attention card has a copy for each FFN instance, whose cards share out all tokens."""

@@ -80,6 +80,8 @@ def read_observations(paths: Sequence[Path]) -> list[Observation]:
 
 
 def _read(path: Path) -> list[Observation]:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be read: it is no file")
     try:
         with path.open("rb") as file:
             is_trace = file.read(1) == b"{"

@@ -1,37 +1,14 @@
-"""The planner's figures of the paper's analysis, as SVG and PNG, and the style of all. Needs matplotlib."""
+"""The figures of the paper's analysis."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from afd.errors import ConfigError
 from afd.planner.cost import cheapest_pair
+from afd.planner.drawing import ATTENTION, FFN, SOFT, Axes, Figure, FuncFormatter, mpl, save
 from afd.planner.paper import CONTEXTS, MODELS, cards, cost_of, shape_of
 
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-except ModuleNotFoundError:
-    raise ConfigError("pictures need matplotlib: pip install 'afd[planner]'") from None
-
-mpl.rcParams.update(
-    {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "afd",  # the same picture is the same file
-        "figure.constrained_layout.use": True,
-    }
-)
-
-ATTENTION, FFN, SOFT = "#0969da", "#bc4c00", "#59636e"
 _COLOURS = dict(zip(MODELS, mpl.color_sequences["tab10"], strict=False))
 _TOKENS = [2**power for power in range(10, 17)]
 
@@ -41,18 +18,6 @@ def draw_paper(folder: Path) -> list[Path]:
     return [
         path for draw in _FIGURES for path in save(folder, draw.__name__.strip("_").replace("_", "-"), _drawn(draw))
     ]
-
-
-def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """As SVG and as PNG. Raises ConfigError if the folder cannot be written."""
-    paths = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    return paths
 
 
 def _drawn(draw: Callable[[Axes], None]) -> Figure:

@@ -1,19 +1,24 @@
-"""A plan's figures, as SVG text: the Pareto front, and a few layers of the pipeline. Needs matplotlib."""
+"""A plan's figures: the Pareto front, and a few layers of the pipeline."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
-from afd.planner.pictures import ATTENTION, FFN, SOFT
+from afd.planner.drawing import (
+    ATTENTION,
+    FFN,
+    SOFT,
+    Axes,
+    Figure,
+    FuncFormatter,
+    NullFormatter,
+    ScalarFormatter,
+    mpl,
+)
 from afd.planner.search import Option, Plan
 from afd.planner.stages import Stages
 
@@ -21,7 +26,7 @@ _LAYERS = 4
 _TICKS = [2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 
-def pareto(plan: Plan) -> str:
+def pareto(plan: Plan) -> Figure:
     """Tokens per second and card, and dollars, within each TPOT, of both kinds."""
     figure = Figure(figsize=(10, 4.6))
     speed, money = figure.subplots(1, 2)
@@ -48,11 +53,11 @@ def pareto(plan: Plan) -> str:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     _name_points(speed, tpots, apart.tokens_per_s_per_card, apart.fastest, plan.goal.tpot_s * 1e3)
-    speed.set(ylim=(0, None), title="Tokens per second and card")
-    money.set(yscale="log", title="$ per million tokens")
+    speed.set(ylim=(0, None), title="Tokens per second and card, at most")
+    money.set(yscale="log", title="$ per million tokens, at least")
     money.yaxis.set_major_formatter(FuncFormatter(lambda dollars, _: f"{dollars:.2g}"))
     speed.legend(frameon=False, loc="lower right", fontsize=9)
-    return _svg(figure)
+    return figure
 
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -84,7 +89,7 @@ class _Span:
     stop_s: float
 
 
-def timeline(option: Option) -> str:
+def timeline(option: Option) -> Figure:
     """The first layers of a disaggregated step, microbatch by microbatch."""
     estimate = option.estimate
     num_layers = estimate.workload.shape.num_layers
@@ -102,7 +107,7 @@ def timeline(option: Option) -> str:
     axes.set(xlabel="µs", xlim=(0, None))
     axes.set_title(f"The first {_LAYERS} layers of a step of {estimate.deployment.name}")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    return _svg(figure)
+    return figure
 
 
 def _spans(stages: Stages, microbatches: int, num_layers: int) -> list[_Span]:
@@ -116,10 +121,3 @@ def _spans(stages: Stages, microbatches: int, num_layers: int) -> list[_Span]:
                 free[row] = ready[microbatch] = start + time
                 spans.append(_Span(row, microbatch, start, start + time))
     return spans
-
-
-def _svg(figure: Figure) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]

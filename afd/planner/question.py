@@ -13,6 +13,8 @@ from afd.planner.accelerators import Accelerator, accelerator
 from afd.planner.stages import TRANSPORTS, Efficiencies, Precision, Transport
 from afd.planner.traffic import Drawn, Lengths, distribution, read_lengths
 
+_BOUNDS = {"imbalance": (1.0, 100.0), "step_s": (0.0, 10.0), "overlap": (0.0, 1.0), "link_overlap": (0.0, 1.0)}
+
 
 class Width(StrEnum):
     """Of an element."""
@@ -47,8 +49,10 @@ def chosen(
 ) -> tuple[list[Accelerator], list[Accelerator]]:
     """Cards for attention, and for the FFN."""
     found = [[accelerator(name, cards) for name in dict.fromkeys([*both, *names])] for names in (attention, ffn)]
-    if not all(found):
+    if not any(found):
         raise ConfigError("name the cards to choose from, like --card H800 --card H20; `afd plan cards` shows them")
+    if not all(found):
+        raise ConfigError("name cards for both parts: --attention-card and --ffn-card, or --card for either")
     return found[0], found[1]
 
 
@@ -88,7 +92,7 @@ def _efficiency(text: str, name: str, value: str) -> float:
         number = float(value)
     except ValueError:
         number = float("nan")
-    low, high = {"imbalance": (1.0, 100.0), "step_s": (0.0, 10.0), "overlap": (0.0, 1.0)}.get(name, (0.01, 1.0))
+    low, high = _BOUNDS.get(name, (0.01, 1.0))
     if not low <= number <= high:
         raise ConfigError(f"--assume {text}: {name} is a number from {low:g} to {high:g}, like {name}={high:g}")
     return number

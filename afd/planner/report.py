@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from afd.errors import ConfigError
 from afd.planner.deployment import Collocated, Disaggregated, Experts
 from afd.planner.estimate import estimate
 from afd.planner.ratio import ratio_at
 from afd.planner.search import Goal, Option, Plan
-from afd.planner.stages import INLINE
+from afd.planner.stages import INLINE, NIXL
 from afd.planner.verdict import describe, verdict
 
+_MANY = 50  # attention instances per FFN: there the FFN reads its weights for anyone, and a line says nothing
+_EDGE = 0.9  # of the cards that are allowed
 _WIDTHS = {1.0: "FP8", 2.0: "BF16"}
 
 
@@ -38,7 +39,7 @@ class Report:
 def report(plan: Plan) -> Report:
     options = [*plan.disaggregated.options, *plan.collocated.options]
     tables = [_options(plan.goal, options), _spread(options)] if options else []
-    best = [ranking.best for ranking in (plan.disaggregated, plan.collocated) if ranking.best]
+    best = plan.bests
     return Report(
         _title(plan.goal),
         verdict(plan).text,
@@ -139,19 +140,24 @@ def _notes(plan: Plan) -> Iterator[str]:
     if best is not None and isinstance(best.deployment, Disaggregated):
         found, deployment = best.estimate, best.deployment
         ratio = ratio_at(deployment, found.workload, found.batch)
-        wanted = f"{ratio:.1f}" if math.isfinite(ratio) else "any number of"
+        wanted = f"{ratio:.1f}" if ratio < _MANY else "any number of"
         yield (
             f"The closed form of arXiv 2601.21351 wants {wanted} attention instances for {deployment.num_ffn} of "
             f"the FFN at this batch; {deployment.num_attention} were found, with the network and the TPOT counted."
         )
         yield from _over_inline(best)
     if goal.tokens_per_s:
-        yield f"Units are as many as keep them {goal.utilization:.0%} busy."
+        yield f"Units are as many as keep them {goal.utilization:.0%} busy; $/Mtoken is of those that never idle."
+    if goal.output_tokens and not goal.prefill.tokens:
+        yield "Prompts are prefilled elsewhere, on cards that are not counted; --ttft-ms lets these do it."
+    if any(option.deployment.num_cards > plan.most_cards * _EDGE for option in plan.bests):
+        yield f"The best is close to the {plan.most_cards} cards that were allowed: --max-cards allows more."
     stated = goal.efficiencies
     yield (
         f"Assumed: {stated.memory:.0%} of the memory's bandwidth, {stated.flops:.0%} of the FLOP/s, "
-        f"{stated.link:.0%} of the link, {stated.overlap:.0%} of what can be hidden on shared cards, the busiest card "
-        f"of spread experts {stated.imbalance:g} times the mean, {stated.usable_memory:.0%} of the memory, "
+        f"{stated.link:.0%} of the link, {stated.overlap:.0%} of what can be hidden on shared cards, "
+        f"{stated.link_overlap:.0%} of what FFN instances move over links hidden, the busiest card of spread experts "
+        f"{stated.imbalance:g} times the mean, {stated.usable_memory:.0%} of the memory, "
         f"{stated.step_s * 1e3:g} ms per step beside the layers."
     )
     yield (
@@ -162,7 +168,7 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 def _over_inline(option: Option) -> Iterator[str]:
     found, deployment = option.estimate, option.deployment
-    if not isinstance(deployment, Disaggregated) or deployment.transport == INLINE:
+    if not isinstance(deployment, Disaggregated) or deployment.transport != NIXL:
         return
     try:
         slower = estimate(replace(deployment, transport=INLINE), found.workload, found.tpot_s * 1.0001)
@@ -224,10 +230,14 @@ def as_json(plan: Plan) -> dict[str, object]:
         "tpot_s": goal.tpot_s,
         "ttft_s": goal.ttft_s,
         "tokens_per_s": goal.tokens_per_s,
+        "output_tokens": goal.output_tokens,
+        "prefilled_tokens_per_token": goal.prefill.tokens,
+        "assumed": asdict(goal.efficiencies),
+        "considered": {"disaggregated": plan.disaggregated.considered, "collocated": plan.collocated.considered},
         "verdict": found.choice.value,
         "reason": found.text,
-        "disaggregated": [_option(option) for option in plan.disaggregated.options],
-        "collocated": [_option(option) for option in plan.collocated.options],
+        "disaggregated": [_option(option, goal) for option in plan.disaggregated.options],
+        "collocated": [_option(option, goal) for option in plan.collocated.options],
         "pareto": {
             "tpot_s": plan.disaggregated.front.tpots_s.tolist(),
             "disaggregated_tokens_per_s_per_card": plan.disaggregated.front.tokens_per_s_per_card.tolist(),
@@ -236,7 +246,7 @@ def as_json(plan: Plan) -> dict[str, object]:
     }
 
 
-def _option(option: Option) -> dict[str, object]:
+def _option(option: Option, goal: Goal) -> dict[str, object]:
     found, deployment = option.estimate, option.deployment
     row: dict[str, object] = {
         "deployment": deployment.name,
@@ -251,6 +261,7 @@ def _option(option: Option) -> dict[str, object]:
         "tpot_s": found.tpot_s,
         "tokens_per_s": found.tokens_per_s,
         "tokens_per_s_per_card": found.tokens_per_s_per_card,
+        "ttft_s": found.ttft_s(goal.output_tokens) if goal.output_tokens and goal.prefill.tokens else None,
         "dollars_per_million_tokens": found.dollars_per_million_tokens,
         "dollars_per_hour": option.dollars_per_hour,
         "bound_by": found.binding,
@@ -264,5 +275,6 @@ def _option(option: Option) -> dict[str, object]:
             "cards_per_instance": deployment.cards,
             "experts": deployment.experts.value,
             "transport": deployment.transport.name,
+            "closed_form_num_attention": ratio_at(deployment, found.workload, found.batch),
         }
     return row

@@ -20,6 +20,7 @@ from afd.planner.stages import LOCAL, NIXL, Efficiencies, Precision, Prefill, Tr
 _SAMPLES = 32  # of the batch, from one sequence to a full memory; between them TPOT is nearly a line
 _MOST_INSTANCES = 16  # of attention, and of FFN
 _KEPT = 5
+_CLOSE = 2000  # to the best: those that may be the best under other assumptions
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,17 @@ class Choices:
                 continue
             for tp in _powers(min(card.cards_per_server, self.most_cards)):
                 yield Collocated(card, tp, tp, 1)
-                wider = [cards for cards in _powers(self.most_cards) if cards > tp] if shape.moe else []
-                for num_cards in wider:
-                    for microbatches in (1, 2):
-                        yield Collocated(card, num_cards, tp, microbatches)
+                for num_cards in self._wide(card, tp) if shape.moe else ():
+                    one_server = num_cards <= card.cards_per_server
+                    for transport in (LOCAL,) if one_server else self.transports:
+                        for microbatches in (1, 2):
+                            yield Collocated(card, num_cards, tp, microbatches, transport)
+
+    def _wide(self, card: Accelerator, tp: int) -> list[int]:
+        """Cards that share experts: any number of groups in a server, or of whole servers."""
+        few = range(2 * tp, card.cards_per_server + 1, tp)
+        many = range(2 * card.cards_per_server, self.most_cards + 1, card.cards_per_server)
+        return [cards for cards in (*few, *many) if cards <= self.most_cards]
 
 
 def _powers(most: int) -> list[int]:
@@ -159,6 +167,7 @@ class Ranking:
     front: Front
     least_tpot_s: float
     considered: int
+    close: Sequence[Deployment]
 
     @property
     def best(self) -> Option | None:
@@ -190,7 +199,8 @@ def rank(
                 candidates.append((_order(deployment, speed, goal), deployment, workload))
         advance()
     candidates.sort(key=operator.itemgetter(0))
-    return Ranking(_best(candidates, goal), front, least, len(deployments) * len(precisions))
+    close = dict.fromkeys(deployment for _, deployment, _ in candidates[:_CLOSE])
+    return Ranking(_best(candidates, goal), front, least, len(deployments) * len(precisions), list(close))
 
 
 def _sample(deployment: Deployment, workload: Workload) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -218,12 +228,12 @@ def _order(deployment: Deployment, tokens_per_s: float, goal: Goal) -> tuple[flo
 
 
 def _best(candidates: Sequence[tuple[tuple[float, float], Deployment, Workload]], goal: Goal) -> list[Option]:
-    """Estimated to the last sequence; one of each name and pair of cards."""
+    """Estimated to the last sequence; one of each name, cards and precision."""
     found: dict[object, Option] = {}
     for _, deployment, workload in candidates:
         if len(found) == _KEPT:
             break
-        kind = _kind(deployment)
+        kind = deployment.name, deployment.cards_text, workload.precision
         if kind in found:
             continue
         try:
@@ -236,22 +246,23 @@ def _best(candidates: Sequence[tuple[tuple[float, float], Deployment, Workload]]
     return sorted(found.values(), key=lambda option: option.order)
 
 
-def _kind(deployment: Deployment) -> object:
-    if isinstance(deployment, Disaggregated):
-        return deployment.name, deployment.cards, deployment.attention.name, deployment.ffn.name
-    return deployment.name, deployment.dollars_per_hour
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Both kinds of deployment, and the collocated one as it would be if nothing, or all, of its all-to-all were
-    hidden."""
+    """Both kinds of deployment, out of so many cards at most; the collocated one as it would be if nothing, or all, of
+    its all-to-all were hidden, and the disaggregated one if nothing of what its FFN moves over links were."""
 
     goal: Goal
     disaggregated: Ranking
     collocated: Ranking
     unhidden: Ranking
     hidden: Ranking
+    unhidden_link: Ranking
+    most_cards: int
+
+    @property
+    def bests(self) -> list[Option]:
+        """Of each kind, where there is one."""
+        return [ranking.best for ranking in (self.disaggregated, self.collocated) if ranking.best]
 
     @property
     def best(self) -> Option | None:
@@ -268,16 +279,24 @@ def plan(goal: Goal, choices: Choices, advance: Callable[[int, int], object] = l
     """`advance` is told how many of how many deployments have been looked at."""
     goal.shape.check_context(goal.context)
     apart, together = list(choices.disaggregated(goal.shape)), list(choices.collocated(goal.shape))
-    total, done = len(apart) + 3 * len(together), 0
+    total, done = len(apart) + min(_CLOSE, len(apart)) + 3 * len(together), 0
 
     def count() -> None:
         nonlocal done
         done += 1
         advance(done, total)
 
-    def ranked(deployments: Sequence[Deployment], overlap: float) -> Ranking:
-        assumed = replace(goal, efficiencies=replace(goal.efficiencies, overlap=overlap))
-        return rank(deployments, choices.precisions, assumed, count)
+    def ranked(deployments: Sequence[Deployment], **assumed: float) -> Ranking:
+        under = replace(goal, efficiencies=replace(goal.efficiencies, **assumed))
+        return rank(deployments, choices.precisions, under, count)
 
-    stated = goal.efficiencies.overlap
-    return Plan(goal, ranked(apart, stated), ranked(together, stated), ranked(together, 0.0), ranked(together, 1.0))
+    disaggregated = ranked(apart)
+    return Plan(
+        goal,
+        disaggregated,
+        collocated=ranked(together),
+        unhidden=ranked(together, overlap=0.0),
+        hidden=ranked(together, overlap=1.0),
+        unhidden_link=ranked(disaggregated.close, link_overlap=0.0),
+        most_cards=choices.most_cards,
+    )

@@ -37,6 +37,7 @@ TRANSPORTS = {transport.name: transport for transport in (NIXL, INLINE)}
 class Efficiencies:
     """The share of each peak that is reached: one set for all models, cards and deployments. docs/planner.md says where
     they come from. `overlap` is the share of what could be hidden that is, where computing and crossing share a card;
+    `link_overlap` the same of an FFN instance, whose cards move one microbatch while they multiply another;
     `imbalance` the busiest card's tokens over the mean's, where experts are spread; `step_s` what a step takes beside
     its layers: head, sampling, scheduling."""
 
@@ -44,6 +45,7 @@ class Efficiencies:
     flops: float = 0.75
     link: float = 0.75
     overlap: float = 0.3
+    link_overlap: float = 1.0
     imbalance: float = 1.3
     step_s: float = 0.5e-3
     usable_memory: float = 0.92
@@ -85,6 +87,12 @@ class Roofline:
         """To the other cards of the server."""
         return num_bytes / (self.card.link_bytes_per_s * self.efficiencies.link)
 
+    def moving_s(self, num_bytes: Amount, multiplying_s: Amount) -> Amount:
+        """An FFN instance that moves so many bytes over the link of each card, and multiplies."""
+        moving = self.link_s(num_bytes)
+        hidden: Amount = self.efficiencies.link_overlap * np.minimum(moving, multiplying_s)
+        return multiplying_s + moving - hidden
+
     def all_reduce_s(self, num_bytes: Amount, cards: int) -> Amount:
         """Of so many bytes that each of `cards` has."""
         return self.link_s(2 * (cards - 1) / cards * num_bytes)
@@ -118,13 +126,12 @@ def tensor_parallel_s(
     ffn: Ffn, num_tokens: Amount, instances: int, cards: int, precision: Precision, on: Roofline
 ) -> Amount:
     """One layer's FFN on `instances` of `cards` each, every matrix spread over all of them. Within an instance hidden
-    states are gathered and partial sums scattered over the link, while the matrices are multiplied."""
+    states are gathered and partial sums scattered over the link, while another microbatch is multiplied."""
     everywhere = instances * cards
     read = ffn.parameters_read(num_tokens) * precision.weights / everywhere
     multiplying = on.kernel_s(read, ffn.flops * num_tokens / everywhere, precision.weights)
     moved = (cards - 1) / cards * num_tokens * ffn.hidden_size * (precision.dispatch + precision.combine)
-    slower: Amount = np.maximum(multiplying, on.link_s(moved))
-    return slower
+    return on.moving_s(moved, multiplying)
 
 
 def expert_parallel_s(

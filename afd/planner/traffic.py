@@ -15,6 +15,7 @@ from afd.errors import ConfigError
 
 Tokens = NDArray[np.int64]
 _MOST_TOKENS = 1 << 24
+_MOST_SIGMA = 3.0  # of a lognormal: more has its mean from requests that never come
 
 
 class Lengths(Protocol):
@@ -108,7 +109,7 @@ def distribution(text: str) -> Distribution:
         found = _KINDS[kind](*(float(number) for number in rest.split(",")))
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"{text!r} is no length: give 500, uniform:100,900, geometric:500 or lognormal:500,1.2 (mean, sigma)"
+            f"{text!r} is no length: give 500, uniform:100,900, geometric:500 or lognormal:500,1.2 (mean, sigma to 3)"
         ) from None
     if not 1 <= found.mean <= _MOST_TOKENS:
         raise ConfigError(f"a length of {text} is not within 1..{_MOST_TOKENS} tokens in the mean")
@@ -136,7 +137,7 @@ def _geometric(mean: float) -> Distribution:
 
 
 def _lognormal(mean: float, sigma: float) -> Distribution:
-    if sigma < 0 or mean <= 0:
+    if not 0 <= sigma <= _MOST_SIGMA or mean <= 0:
         raise ValueError
     location = np.log(mean) - sigma**2 / 2
     return Distribution(

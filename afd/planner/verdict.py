@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from afd.planner.search import Option, Plan, Ranking
+from afd.planner.search import Goal, Option, Plan, Ranking
 
 # What the efficiencies are uncertain by, so that a smaller gain is none: docs/planner.md.
 _SURE = 0.10
@@ -33,45 +35,48 @@ def verdict(plan: Plan) -> Verdict:
     if apart is None and together is None:
         return Verdict(Choice.nothing, (_why_nothing(plan),))
     if together is None:
-        reason = f"Disaggregate: no collocated deployment that was looked at keeps it{_least(plan.collocated)}."
+        reason = f"Disaggregate: no collocated deployment that was looked at {_why(plan.collocated, plan.goal)}."
         return Verdict(Choice.disaggregate, (reason,))
     if apart is None:
-        return Verdict(
-            Choice.collocate,
-            (f"Collocate: no disaggregated deployment that was looked at keeps it{_least(plan.disaggregated)}.",),
-        )
-    gain = together.worth / apart.worth - 1
-    if gain > _SURE:
-        choice = Choice.disaggregate
-        reason = f"Disaggregate: {_named(apart)} does it for {_less(apart, together)} less than {_named(together)}."
-    elif gain > 0:
-        choice = Choice.collocate
-        reason = (
+        reason = f"Collocate: no disaggregated deployment that was looked at {_why(plan.disaggregated, plan.goal)}."
+        return Verdict(Choice.collocate, (reason,))
+    return Verdict(_choice(apart, together), (_compared(apart, together), *_turns(plan, apart, together)))
+
+
+def _choice(apart: Option, together: Option) -> Choice:
+    return Choice.disaggregate if 1 - apart.worth / together.worth > _SURE else Choice.collocate
+
+
+def _compared(apart: Option, together: Option) -> str:
+    if _choice(apart, together) is Choice.disaggregate:
+        return f"Disaggregate: {_named(apart)} does it for {_less(apart, together)} less than {_named(together)}."
+    if apart.worth < together.worth:
+        return (
             f"Collocate: {_named(apart)} would be cheaper by {_less(apart, together)} than {_named(together)}, which "
             "is no more than these estimates are uncertain by, and collocated is simpler to run."
         )
-    else:
-        choice = Choice.collocate
-        reason = f"Collocate: {_named(together)} does it for {_less(together, apart)} less than {_named(apart)}."
-    return Verdict(choice, (reason, *_if_hidden(plan, choice)))
+    if apart.worth == together.worth:
+        return f"Collocate: {_named(together)} costs the same as {_named(apart)}, and is simpler to run."
+    return f"Collocate: {_named(together)} does it for {_less(together, apart)} less than {_named(apart)}."
 
 
-def _if_hidden(plan: Plan, choice: Choice) -> list[str]:
-    """Where another overlap of the all-to-all would make another choice."""
-    apart = plan.disaggregated.best
-    assert apart is not None
-    found = []
-    for overlap, ranking in (("nothing", plan.unhidden), ("all", plan.hidden)):
-        if (other := ranking.best) is None:
+def _turns(plan: Plan, apart: Option, together: Option) -> Iterator[str]:
+    """Where another choice would be made if another share of what crosses were hidden behind computing."""
+    stated = plan.goal.efficiencies
+    all_to_all = f"how much of the all-to-all is hidden behind computing, assumed to be {stated.overlap:.0%}"
+    link = f"how much of what an FFN instance moves over its link is hidden, assumed to be {stated.link_overlap:.0%}"
+    cases = (
+        (all_to_all, "nothing", apart, plan.unhidden.best),
+        (all_to_all, "all", apart, plan.hidden.best),
+        (link, "nothing", plan.unhidden_link.best, together),
+    )
+    for what, share, one, other in cases:
+        if one is None or other is None or (then := _choice(one, other)) is _choice(apart, together):
             continue
-        then = Choice.disaggregate if other.worth / apart.worth - 1 > _SURE else Choice.collocate
-        if then is not choice:
-            found.append(
-                f"It turns on how much of the all-to-all is hidden behind computing, assumed to be "
-                f"{plan.goal.efficiencies.overlap:.0%}: with {overlap} of it hidden, {_named(other)} costs "
-                f"{_dollars(other)} against {_dollars(apart)}, and the verdict is to {then}. Measure it."
-            )
-    return found
+        yield (
+            f"It turns on {what}: with {share} of it hidden, {_named(one)} costs {_dollars(one)} and {_named(other)} "
+            f"{_dollars(other)}, and the verdict is to {then}. Measure it."
+        )
 
 
 def _less(cheaper: Option, dearer: Option) -> str:
@@ -92,10 +97,15 @@ def describe(option: Option) -> str:
     return f"{option.deployment.name} on {option.deployment.cards_text}"
 
 
-def _least(ranking: Ranking) -> str:
-    if ranking.least_tpot_s == float("inf"):
-        return ": the model fits none of them"
-    return f" (the shortest TPOT is {ranking.least_tpot_s * 1e3:.1f} ms)"
+def _why(ranking: Ranking, goal: Goal) -> str:
+    """Not one of them does."""
+    if not ranking.considered:
+        return "is possible: none could be made of these cards"
+    if math.isinf(ranking.least_tpot_s):
+        return "has room for the model"
+    if ranking.least_tpot_s > goal.tpot_s:
+        return f"keeps the TPOT; the shortest is {ranking.least_tpot_s * 1e3:.1f} ms"
+    return "keeps the TTFT"
 
 
 def _why_nothing(plan: Plan) -> str:

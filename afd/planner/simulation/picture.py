@@ -1,15 +1,12 @@
-"""A simulation over time. Needs matplotlib."""
+"""A simulation over time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
-from afd.planner.pictures import ATTENTION, FFN, SOFT, save
+from afd.planner.drawing import ATTENTION, FFN, SOFT, Axes, EngFormatter, Figure, save
 from afd.planner.simulation.outcome import Simulated
 from afd.planner.simulation.scenario import Scenario
 
