@@ -15,10 +15,13 @@ from afd.planner.cli import app
 from afd.planner.deployment import Collocated, Disaggregated, Experts
 from afd.planner.shape import load_shape
 from afd.planner.simulation import Conditions, Rate, Replay, Scaling, Scenario, Simulated, Streams, simulate
+from afd.planner.simulation.faults import AttentionLost
 from afd.planner.simulation.outcome import Times
 from afd.planner.simulation.report import notes
 from afd.planner.simulation.router import least_loaded
+from afd.planner.simulation.run import Run
 from afd.planner.simulation.scenario import scaling
+from afd.planner.simulation.sequences import NO_TURN, Decoding
 from afd.planner.stages import Workload
 from afd.planner.traffic import Drawn, Lengths, Recorded, distribution
 
@@ -330,3 +333,47 @@ def test_layers_of_several_kinds_are_named_where_they_are_the_reason() -> None:
     found = simulate(mixed)
     assert found.tpot_s.mean > 1.1 * found.expected.tpot_s
     assert "layers of several kinds" in next(notes(found, mixed))
+
+
+def test_the_table_of_slots_knows_what_each_row_holds() -> None:
+    """Against lists, through growth, losses and rows that have no turn."""
+    rng = np.random.default_rng(0)
+    table, kept = Decoding(3, 2), [[] for _ in range(3)]
+    turn = np.zeros(3, np.int64)
+    for _ in range(200):
+        rows = np.sort(rng.integers(3, size=rng.integers(4)))
+        context, output = rng.integers(1, 50, len(rows)), rng.integers(1, 9, len(rows))
+        table.put(rows, turn[rows], context, output)
+        for row, before, more in zip(rows, context, output, strict=True):
+            kept[row].append([int(before), int(more)])
+        active = rng.random(3) < 0.7
+        found = table.finish(np.where(active, turn, NO_TURN))
+        for row in np.flatnonzero(active):
+            kept[row] = [[before + 1, more - 1] for before, more in kept[row]]
+            ended = [before for before, more in kept[row] if not more]
+            assert sorted(found[1][found[0] == row]) == sorted(ended)
+            kept[row] = [pair for pair in kept[row] if pair[1]]
+        turn += active
+        if rng.random() < 0.1:
+            row = int(rng.integers(3))
+            assert sorted(zip(*table.lose(row, int(turn[row])), strict=True)) == sorted(map(tuple, kept[row]))
+            kept[row] = []
+        assert table.count.tolist() == [len(row) for row in kept]
+        assert table.context.tolist() == [sum(before for before, _ in row) for row in kept]
+        assert table.tokens_to_come(turn) == sum(more for row in kept for _, more in row)
+
+
+def test_the_pause_of_a_sequence_that_is_lost_is_in_its_tpot() -> None:
+    deployment = Disaggregated(H800, H800, 2, 1)
+    one = Recorded(np.array([100]), np.array([50]), np.array([0.0]))
+    pauses = []
+    for losses in ([], [AttentionLost(0.2, 0, 0), AttentionLost(0.2, 0, 1)]):
+        conditions = Conditions(failover_s=0.4, repair_s=0.5)
+        ran = Run(scenario(deployment, Replay(one), SHORT, conditions=conditions, seconds=3))
+        ran.happenings = list(losses)
+        while ran.now_s < 3:
+            ran.go_on()
+        found = ran.outcome()
+        assert found.counts.tokens_decoded == 50
+        pauses.append(49 * found.tpot_s.mean)
+    assert 0.4 < pauses[1] - pauses[0] < 0.65
