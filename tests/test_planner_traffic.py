@@ -52,7 +52,7 @@ def test_recorded_requests_are_replayed_in_the_order_of_their_moments(tmp_path: 
 
 @pytest.mark.parametrize(
     "text", ["", "many", "0", "-5", "nan", "inf", "1e12", "uniform:9,1", "uniform:0,9", "uniform:5", "geometric:0.5",
-             "lognormal:500,-1", "lognormal:500", "pareto:1,2", "geometric:", "500,600"],
+             "lognormal:500,-1", "lognormal:100,50", "lognormal:500", "pareto:1,2", "geometric:", "500,600"],
 )  # fmt: skip
 def test_what_is_no_length_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="length"):
