@@ -25,10 +25,9 @@ from afd.planner.paper import Cell
 from afd.planner.paper_tables import tables, titled
 from afd.planner.question import Width
 from afd.planner.report import Report, as_html, as_json, report
-from afd.planner.search import Choices, Goal, Plan, plan
+from afd.planner.search import Choices, Plan, plan
 from afd.planner.shape import load_shape, shipped
 from afd.planner.simulation.command import simulate_deployment
-from afd.planner.stages import Prefill
 from afd.planner.verdict import Choice, verdict
 
 app = typer.Typer(no_args_is_help=True, help="What decoding costs, and which deployment to run.")
@@ -38,7 +37,9 @@ console = Console(width=None if sys.stdout.isatty() else _WIDTH)
 notes = Console(stderr=True)
 
 NOTHING_STATUS = 3  # of a plan that nothing keeps
-_CONTEXT = 4096.0
+# Parameters of a plan for a mesh that was measured, and those that no other plan has.
+_OF_A_MESH_ALONE = {"measured", "attention", "ffn", "streams", "cores"}
+_OF_A_MESH = _OF_A_MESH_ALONE | {"model", "live_context", "microbatches", "json_file"}
 _MOST = 16  # replicas or shards: more are too many events to simulate
 
 _MONEY_TOLERANCE, _TOLERANCE = 0.0015, 0.005
@@ -55,7 +56,7 @@ def plan_deployment(
     ffn_card: Annotated[list[str] | None, typer.Option(help="for the FFN only; repeat it")] = None,
     accelerators: Annotated[list[Path] | None, typer.Option(help="TOML file of more cards; repeat it")] = None,
     live_context: Annotated[
-        float | None, typer.Option("--context", help=f"tokens before each new one, in the mean ({_CONTEXT:g})")
+        float | None, typer.Option("--context", help=f"tokens before each new one, in the mean ({question.CONTEXT:g})")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="tokens of prompts: 2000, uniform:A,B, geometric:MEAN, lognormal:MEAN,SIGMA")
@@ -115,52 +116,27 @@ def plan_deployment(
             "name the model, like --model step-3; `afd plan models` shows those that come with the planner"
         )
     if measured:
-        mesh = {
-            "measured",
-            "attention",
-            "ffn",
-            "streams",
-            "cores",
-            "model",
-            "live_context",
-            "microbatches",
-            "json_file",
-        }
-        others = {name: option for name, option in given.items() if name not in mesh}
+        others = {name: option for name, option in given.items() if name not in _OF_A_MESH}
         _refuse(others, "says nothing beside --measured, which predicts the mesh that was measured: leave it out")
         most = load_shape(model).max_context_tokens
         contexts = [question.within("--context", round(live_context), 1, most)] if live_context is not None else []
-        for number in microbatches or ():
-            question.within("--microbatches", number, 1, 16)
+        question.microbatches(microbatches or ())
         _predict(
             measured, model, (attention or (), ffn or ()), microbatches or (), streams or (), contexts, cores, json_file
         )
         return
-    of_a_mesh = {name: option for name, option in given.items() if name in {"attention", "ffn", "streams", "cores"}}
+    of_a_mesh = {name: option for name, option in given.items() if name in _OF_A_MESH_ALONE}
     _refuse(of_a_mesh, "is of a mesh that was measured: give --measured FILE too")
     cards = load_accelerators(*accelerators or ())
     attention_cards, ffn_cards = question.chosen(card or (), attention_card or (), ffn_card or (), cards)
-    asked = question.lengths(prompt, output, lengths)
-    if asked is not None and live_context is not None:
-        raise ConfigError("--context follows from the lengths of prompts and outputs: leave one of them out")
-    if asked is None and (rate is not None or ttft_ms is not None):
-        raise ConfigError("--rate and --ttft-ms need the lengths of requests: --prompt and --output, or --lengths")
-    shape = load_shape(model)
-    if asked is not None and (longest := asked.prompt_tokens + asked.output_tokens) > shape.max_context_tokens:
-        raise ConfigError(
-            f"requests of {longest:.0f} tokens in the mean are over {model}'s limit, {shape.max_context_tokens}"
-        )
-    goal = Goal(
-        shape,
-        asked.live_context if asked else live_context if live_context is not None else _CONTEXT,
-        question.positive("--tpot-ms", tpot_ms) / 1e3,
-        question.positive("--ttft-ms", ttft_ms) / 1e3 if ttft_ms is not None else None,
-        question.positive("--rate", rate) * asked.output_tokens if rate is not None and asked else None,
-        Prefill(asked.prompt_tokens / asked.output_tokens, asked.prompt_tokens / 2)
-        if ttft_ms is not None and asked
-        else Prefill(),
-        asked.output_tokens if asked else None,
-        question.assume(assume or ()),
+    goal = question.goal(
+        load_shape(model),
+        question.lengths(prompt, output, lengths),
+        live_context,
+        tpot_ms=tpot_ms,
+        ttft_ms=ttft_ms,
+        rate=rate,
+        efficiencies=question.assume(assume or ()),
     )
     choices = Choices(
         attention_cards,
@@ -168,7 +144,7 @@ def plan_deployment(
         question.within("--max-cards", max_cards, 1, 4096),
         question.precisions(weights or [Width.fp8], kv or [Width.fp8]),
         question.transports(transport or ["nixl"]),
-        [question.within("--microbatches", number, 1, 16) for number in microbatches or (2, 3, 4)],
+        question.microbatches(microbatches or (2, 3, 4)),
         experts or list(Experts),
     )
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from afd.errors import ConfigError
 from afd.planner.accelerators import Accelerator, accelerator
-from afd.planner.stages import TRANSPORTS, Efficiencies, Precision, Transport
+from afd.planner.search import Goal
+from afd.planner.shape import ModelShape
+from afd.planner.stages import TRANSPORTS, Efficiencies, Precision, Prefill, Transport
 from afd.planner.traffic import Drawn, Lengths, distribution, read_lengths
 
+CONTEXT = 4096.0  # where nothing is said of it
 _BOUNDS = {"imbalance": (1.0, 100.0), "step_s": (0.0, 10.0), "overlap": (0.0, 1.0), "link_overlap": (0.0, 1.0)}
 
 
@@ -66,6 +69,46 @@ def within(option: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ConfigError(f"{option} {value} is not within {low}..{high}")
     return value
+
+
+def microbatches(numbers: Sequence[int]) -> list[int]:
+    return [within("--microbatches", number, 1, 16) for number in numbers]
+
+
+def goal(
+    shape: ModelShape,
+    asked: Lengths | None,
+    context: float | None,
+    *,
+    tpot_ms: float,
+    ttft_ms: float | None,
+    rate: float | None,
+    efficiencies: Efficiencies,
+) -> Goal:
+    """Of requests that are `asked`, or of a context."""
+    tpot_s = positive("--tpot-ms", tpot_ms) / 1e3
+    if asked is None:
+        if rate is not None or ttft_ms is not None:
+            raise ConfigError("--rate and --ttft-ms need the lengths of requests: --prompt and --output, or --lengths")
+        return Goal(shape, CONTEXT if context is None else context, tpot_s, efficiencies=efficiencies)
+    if context is not None:
+        raise ConfigError("--context follows from the lengths of prompts and outputs: leave one of them out")
+    longest = asked.prompt_tokens + asked.output_tokens
+    if longest > shape.max_context_tokens:
+        raise ConfigError(
+            f"requests of {longest:.0f} tokens in the mean are over {shape.name}'s limit, {shape.max_context_tokens}"
+        )
+    prefill = Prefill(asked.prompt_tokens / asked.output_tokens, asked.prompt_tokens / 2)
+    return Goal(
+        shape,
+        asked.live_context,
+        tpot_s,
+        ttft_s=positive("--ttft-ms", ttft_ms) / 1e3 if ttft_ms is not None else None,
+        tokens_per_s=positive("--rate", rate) * asked.output_tokens if rate is not None else None,
+        prefill=prefill if ttft_ms is not None else Prefill(),
+        output_tokens=asked.output_tokens,
+        efficiencies=efficiencies,
+    )
 
 
 def transports(names: Sequence[str]) -> list[Transport]:
