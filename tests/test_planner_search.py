@@ -455,6 +455,18 @@ def test_without_matplotlib_a_picture_is_a_sentence(tmp_path: Path) -> None:
     assert done.stderr == "afd: pictures need matplotlib: pip install 'afd[planner]'\n"
 
 
+def test_a_verdict_says_when_it_turns_on_whole_units() -> None:
+    """One unit of EP16 just misses this rate."""
+    arguments = ("--model", "deepseek-v3", "--card", "H800", "--prompt", "2000", "--output", "300", "--ttft-ms", "500")
+    assert "how many whole units" in " ".join(run(*arguments, "--rate", "20").output.split())
+    assert "how many whole units" not in " ".join(run(*arguments, "--rate", "2000").output.split())
+
+
+def test_a_tie_is_one() -> None:
+    same = plan(replace(Goal(STEP3, 3599, 0.05), tokens_per_s=24_000.0), Choices((H800,), (H800,)))
+    assert verdict(same).text.startswith("Collocate: EP8 on 8 H800 costs the same as")
+
+
 def test_assumptions_change_the_plan() -> None:
     slower = question.assume(["memory=0.4", "overlap=0"])
     assert (slower.memory, slower.overlap, slower.flops) == (0.4, 0.0, 0.75)

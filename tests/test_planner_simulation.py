@@ -377,3 +377,33 @@ def test_the_pause_of_a_sequence_that_is_lost_is_in_its_tpot() -> None:
         assert found.counts.tokens_decoded == 50
         pauses.append(49 * found.tpot_s.mean)
     assert 0.4 < pauses[1] - pauses[0] < 0.65
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rate", "1000"), "Requests come faster than they can be decoded"),
+        (("--rate", "30", "--prefill-chunk", "16", "--seconds", "8"), "Many more requests wait at the end"),
+    ],
+)
+def test_an_overload_is_said(arguments: tuple[str, ...], words: str) -> None:
+    asked = (
+        "--model",
+        "step-3",
+        "--card",
+        "H800",
+        "--deployment",
+        "2A2F",
+        "--prompt",
+        "3000",
+        "--output",
+        "geometric:500",
+    )
+    done = CliRunner().invoke(app, ["simulate", *asked, "--seconds", "4", *arguments], catch_exceptions=False)
+    assert words in " ".join(done.output.split())
+
+
+def test_more_replicas_than_can_be_simulated_are_refused() -> None:
+    asked = ("--model", "step-3", "--card", "H800", "--deployment", "999A999F", "--replicas", "1000", "--rate", "10")
+    with pytest.raises(ConfigError, match="1998000 attention and FFN replicas in all are more than can be simulated"):
+        CliRunner().invoke(app, ["simulate", *asked], catch_exceptions=False)

@@ -150,6 +150,11 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"Units are as many as keep them {goal.utilization:.0%} busy; $/Mtoken is of those that never idle."
     if goal.output_tokens and not goal.prefill.tokens:
         yield "Prompts are prefilled elsewhere, on cards that are not counted; --ttft-ms lets these do it."
+    if any(option.estimate.binding == "memory" for option in plan.bests):
+        yield (
+            "Memory holds sequences as long as they are in the mean, as a cache of blocks does. Who admits a sequence "
+            "only where its whole length fits has fewer, as `afd plan simulate` does."
+        )
     if any(option.deployment.num_cards > plan.most_cards * _EDGE for option in plan.bests):
         yield f"The best is close to the {plan.most_cards} cards that were allowed: --max-cards allows more."
     stated = goal.efficiencies

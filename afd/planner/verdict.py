@@ -11,6 +11,7 @@ from afd.planner.search import Goal, Option, Plan, Ranking
 
 # What the efficiencies are uncertain by, so that a smaller gain is none: docs/planner.md.
 _SURE = 0.10
+_SAME = 0.005
 
 
 class Choice(StrEnum):
@@ -50,18 +51,26 @@ def _choice(apart: Option, together: Option) -> Choice:
 def _compared(apart: Option, together: Option) -> str:
     if _choice(apart, together) is Choice.disaggregate:
         return f"Disaggregate: {_named(apart)} does it for {_less(apart, together)} less than {_named(together)}."
+    if abs(1 - apart.worth / together.worth) < _SAME:
+        return f"Collocate: {_named(together)} costs the same as {_named(apart)}, and is simpler to run."
     if apart.worth < together.worth:
         return (
             f"Collocate: {_named(apart)} would be cheaper by {_less(apart, together)} than {_named(together)}, which "
             "is no more than these estimates are uncertain by, and collocated is simpler to run."
         )
-    if apart.worth == together.worth:
-        return f"Collocate: {_named(together)} costs the same as {_named(apart)}, and is simpler to run."
     return f"Collocate: {_named(together)} does it for {_less(together, apart)} less than {_named(apart)}."
 
 
 def _turns(plan: Plan, apart: Option, together: Option) -> Iterator[str]:
     """Where another choice would be made if another share of what crosses were hidden behind computing."""
+    per_token = [option.estimate.dollars_per_million_tokens for option in (apart, together)]
+    if plan.goal.tokens_per_s and (per_token[0] < per_token[1]) is not (
+        _choice(apart, together) is Choice.disaggregate
+    ):
+        yield (
+            "It turns on how many whole units such a rate needs: per million tokens of units that never idle, "
+            f"{_named(apart)} costs ${per_token[0]:.3g} and {_named(together)} ${per_token[1]:.3g}."
+        )
     stated = plan.goal.efficiencies
     all_to_all = f"how much of the all-to-all is hidden behind computing, assumed to be {stated.overlap:.0%}"
     link = f"how much of what an FFN instance moves over its link is hidden, assumed to be {stated.link_overlap:.0%}"

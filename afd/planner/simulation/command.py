@@ -45,8 +45,10 @@ def simulate_deployment(
     replicas: Annotated[int, typer.Option(help="of the deployment, behind one router")] = 1,
     rate: Annotated[float | None, typer.Option(help="requests per second, at random moments")] = None,
     streams: Annotated[int | None, typer.Option(help="instead: so many sequences, always")] = None,
-    prompt: Annotated[str | None, typer.Option(help=f"tokens, as `afd plan` takes them [{_PROMPT}]")] = None,
-    output: Annotated[str | None, typer.Option(help=f"tokens [{_OUTPUT}]")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help=f"tokens, as `afd plan` takes them [{_PROMPT}, without --output]")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help=f"tokens [{_OUTPUT}, without --prompt]")] = None,
     lengths: Annotated[
         Path | None,
         typer.Option(

@@ -13,6 +13,8 @@ from afd.planner.simulation.outcome import Simulated, Times
 from afd.planner.simulation.scenario import Replay, Scenario
 
 _CLOSE = 0.05
+_GROWN = 1.5  # a queue that grows all the time is twice as long at the end as half way
+_MANY = 0.05  # of the sequences that decode: so many that wait are a queue
 
 
 def tables(found: Simulated, scenario: Scenario) -> Iterator[Table]:
@@ -83,17 +85,28 @@ def _stages(found: Simulated) -> Table:
 
 
 def _why(found: Simulated, scenario: Scenario) -> str:
+    if found.expected.saturated:
+        return "Requests come faster than they can be decoded, and wait ever longer; the estimate is of what can be."
+    if _falls_behind(found):
+        return (
+            "Many more requests wait at the end than half way: they come faster than they are prefilled and decoded. "
+            f"The estimate knows nothing of {', '.join(_causes(found, scenario))}."
+        )
     pairs = [(simulated or 0.0, estimate) for _, _, simulated, estimate in _both(found, scenario)]
     if all(abs(simulated - estimate) <= _CLOSE * estimate for simulated, estimate in pairs):
         return "Simulation and estimate agree within 5 %."
     return f"The estimate knows nothing of {', '.join(_causes(found, scenario))}."
 
 
+def _falls_behind(found: Simulated) -> bool:
+    half_way, end = found.series[len(found.series) // 2].waiting, found.series[-1].waiting
+    return end > _GROWN * half_way and end > _MANY * found.sequences
+
+
 def _causes(found: Simulated, scenario: Scenario) -> list[str]:
     """What may be one."""
     conditions, counts = scenario.conditions, found.counts
     causes = {
-        "requests that come faster than they are decoded": found.expected.saturated,
         "a start without sequences and an uneven rate": isinstance(scenario.arrivals, Replay),
         "scaling": bool(conditions.scaling),
         "failures": counts.attention_failures + counts.ffn_failures > 0,

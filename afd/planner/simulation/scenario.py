@@ -14,6 +14,7 @@ from afd.planner.deployment import Collocated, Disaggregated
 from afd.planner.stages import Workload
 from afd.planner.traffic import Lengths, Recorded
 
+MOST_REPLICAS = 100_000  # in all, of attention and FFN
 MOST_UNITS = 100_000
 LONGEST_S = 86_400.0
 
@@ -117,6 +118,11 @@ class Scenario:
 
     def __post_init__(self) -> None:
         _check(1 <= self.units <= MOST_UNITS, f"{self.units} replicas of the deployment are not within 1..{MOST_UNITS}")
+        replicas = self.most_units * (self.attention_replicas + self.ffn_replicas)
+        _check(
+            replicas <= MOST_REPLICAS,
+            f"{replicas} attention and FFN replicas in all are more than can be simulated, {MOST_REPLICAS}",
+        )
         _check(0 < self.seconds <= LONGEST_S, f"{self.seconds:g} seconds are not within 0..{LONGEST_S:g}")
         chunk = self.prefill_chunk
         _check(chunk is None or chunk > 0, f"a prefill chunk of {chunk} tokens gets no prompt done: give one or more")
