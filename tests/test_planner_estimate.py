@@ -20,30 +20,14 @@ from afd.planner.stages import (
     Precision,
     Roofline,
     Stages,
-    Transport,
     Workload,
     attention_s,
     tensor_parallel_s,
 )
+from tests.round_numbers import CARD, IDEAL, PERFECT
 
 CARDS = load_accelerators()
 STEP3 = load_shape("step-3")
-PERFECT = Efficiencies(
-    memory=1, flops=1, link=1, overlap=1, imbalance=1, step_s=0, usable_memory=1
-)  # peaks, and nothing beside
-IDEAL = Transport("ideal", 0, 1)
-CARD = Accelerator(
-    name="round numbers",
-    bf16_flops=1e6,
-    fp8_flops=2e6,
-    memory_bytes_per_s=1e4,
-    memory_bytes=1e6,
-    link_bytes_per_s=1e3,
-    nic_bytes_per_s=1e2,
-    cards_per_server=2,
-    dollars_per_hour=3600.0,
-    source="none",
-)
 ATTENTION, FFN = GroupedQuery(10, 4, 2, 5), Ffn(10, 20)
 SMALL = ModelShape("small", 10, 100, 1000, ((ATTENTION, FFN),) * 3)
 
@@ -53,6 +37,14 @@ def test_published_results_are_predicted_with_one_set_of_efficiencies(row: paper
     found = row.predicted()
     assert found.tokens_per_s_per_card == pytest.approx(row.tokens_per_s_per_card, rel=0.1)
     assert found.tpot_s <= 0.05
+
+
+@pytest.mark.parametrize(("hidden", "low", "high"), [(0.5, 0.755, 0.795), (0.0, 0.535, 0.575)])
+def test_published_results_need_links_that_are_hidden(hidden: float, low: float, high: float) -> None:
+    """What docs/planner.md says of the `link_overlap`."""
+    for row in paper.PUBLISHED:
+        found = row.predicted(Efficiencies(link_overlap=hidden))
+        assert low <= found.tokens_per_s_per_card / row.tokens_per_s_per_card <= high
 
 
 @pytest.mark.parametrize("row", paper.MEASURED_LAYERS)

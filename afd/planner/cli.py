@@ -22,12 +22,13 @@ from afd.planner.calibration import calibrate
 from afd.planner.deployment import Experts
 from afd.planner.observations import read_observations
 from afd.planner.paper import Cell
-from afd.planner.paper_tables import tables, titled
+from afd.planner.paper_tables import tables
 from afd.planner.question import Width
 from afd.planner.report import Report, as_html, as_json, report
 from afd.planner.search import Choices, Plan, plan
 from afd.planner.shape import load_shape, shipped
 from afd.planner.simulation.command import simulate_deployment
+from afd.planner.titled import titled
 from afd.planner.verdict import Choice, verdict
 
 app = typer.Typer(no_args_is_help=True, help="What decoding costs, and which deployment to run.")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from afd.planner.calibration import Calibration, Line, Prediction
 from afd.planner.observations import Observation, Setting
-from afd.planner.paper_tables import titled
+from afd.planner.titled import titled
 
 _RATIOS = ((1, 1), (2, 1), (1, 2), (2, 2))
 

@@ -13,10 +13,11 @@ from afd.planner.cost import KvFormat, Pair, TokenCost, cheapest_pair, min_spars
 from afd.planner.deployment import Collocated, Disaggregated
 from afd.planner.estimate import Estimate, estimate
 from afd.planner.shape import ModelShape, load_shape
-from afd.planner.stages import Precision, Roofline, Workload, attention_s
+from afd.planner.stages import Efficiencies, Precision, Roofline, Workload, attention_s
 
 CARDS = ("H800", "H20", "A800", "910B")
 CONTEXTS = (8192, 32768)
+_STATED = Efficiencies()
 AFD = "AFD"  # each part on its cheapest card
 DOLLARS = "$/Mtoken"
 TPOT_S = 0.05
@@ -59,10 +60,10 @@ class Published:
     kv_element_bytes: int
     tokens_per_s_per_card: float
 
-    def predicted(self) -> Estimate:
+    def predicted(self, efficiencies: Efficiencies = _STATED) -> Estimate:
         h800 = cards()["H800"]
         deployment = Disaggregated(h800, h800, self.num_attention, self.num_ffn)
-        workload = Workload(shape_of("Step-3"), self.context, Precision(kv=self.kv_element_bytes))
+        workload = Workload(shape_of("Step-3"), self.context, Precision(kv=self.kv_element_bytes), efficiencies)
         return estimate(deployment, workload, TPOT_S)
 
 

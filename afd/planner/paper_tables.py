@@ -8,6 +8,7 @@ from rich.table import Table
 
 from afd.planner import paper
 from afd.planner.paper import AFD, CARDS, CONTEXTS, MODELS, Cell
+from afd.planner.titled import titled
 
 _PER_TOKEN = ("kv_bytes", "attention_flops", "linear_flops", "ffn_flops")
 
@@ -18,14 +19,6 @@ def tables(cells: Sequence[Cell]) -> Iterator[Table]:
         yield _per_token(cells, context)
         yield from _money(cells, context)
     yield from (_cards(cells), _published(), _layers())
-
-
-def titled(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _per_token(cells: Sequence[Cell], context: int) -> Table:

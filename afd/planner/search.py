@@ -264,16 +264,6 @@ class Plan:
         """Of each kind, where there is one."""
         return [ranking.best for ranking in (self.disaggregated, self.collocated) if ranking.best]
 
-    @property
-    def best(self) -> Option | None:
-        return _better(self.disaggregated.best, self.collocated.best)
-
-
-def _better(one: Option | None, other: Option | None) -> Option | None:
-    if one is None or other is None:
-        return one or other
-    return min(one, other, key=lambda option: option.order)
-
 
 def plan(goal: Goal, choices: Choices, advance: Callable[[int, int], object] = lambda done, total: None) -> Plan:
     """`advance` is told how many of how many deployments have been looked at."""

@@ -77,7 +77,9 @@ class AttentionCollector(Collector):
         yield CounterMetricFamily("afd_steps", "decode steps", value=counters.num_steps)
         yield CounterMetricFamily("afd_microbatches", "microbatches of all steps", value=counters.num_microbatches)
         yield CounterMetricFamily("afd_step_tokens", "tokens computed", value=counters.num_tokens)
-        yield CounterMetricFamily("afd_context_tokens", "they looked at", value=counters.num_context_tokens)
+        yield CounterMetricFamily(
+            "afd_context_tokens", "tokens that these looked at", value=counters.num_context_tokens
+        )
         yield CounterMetricFamily("afd_generated_tokens", "tokens sampled", value=counters.num_generated)
         yield CounterMetricFamily("afd_step_seconds", "time of all steps", value=counters.step_ns / 1e9)
         parts = CounterMetricFamily("afd_step_part_seconds", "time of all steps, by part", labels=["part"])

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from afd.planner.paper_tables import titled
 from afd.planner.simulation.outcome import Simulated, Times
 from afd.planner.simulation.scenario import Replay, Scenario
+from afd.planner.titled import titled
 
 _CLOSE = 0.05
 _GROWN = 1.5  # a queue that grows all the time is twice as long at the end as half way
